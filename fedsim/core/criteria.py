@@ -1,0 +1,86 @@
+"""What a model is trained and judged by: one loss and its per-example measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedsim.core.errors import ConfigError
+
+IGNORE = -100
+"""Target value of positions that do not count (padding)."""
+
+
+def _classes_last(outputs: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of each position; outputs [..., classes], target [...]; ignored ones are 0."""
+    losses = F.cross_entropy(
+        outputs.reshape(-1, outputs.shape[-1]),
+        target.reshape(-1),
+        ignore_index=IGNORE,
+        reduction="none",
+    )
+    return losses.view(target.shape)
+
+
+def _squared(outputs: Tensor, target: Tensor) -> Tensor:
+    return 0.5 * (outputs.reshape(target.shape) - target).square()
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A loss by name, as a mean for training and per example for evaluation.
+
+    Calling it gives the scalar training loss of one client's batch: the mean over positions that
+    count, weighted by `weight` (shape [B], zero for padding, or None for all ones).
+    """
+
+    name: str
+    elementwise: Callable[[Tensor, Tensor], Tensor]
+    classifies: bool
+
+    def __call__(self, outputs: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        losses = self.elementwise(outputs, target)
+        if weight is None and losses.dim() == 1:
+            return losses.mean()
+        counts = self._counts(target, losses, weight)
+        return (losses * counts).sum() / counts.sum().clamp_min(1.0)
+
+    def _counts(self, target: Tensor, losses: Tensor, weight: Tensor | None) -> Tensor:
+        counts = torch.ones_like(losses)
+        if self.classifies:
+            counts = counts * (target != IGNORE).to(losses.dtype)
+        if weight is not None:
+            counts = counts * weight.view(-1, *[1] * (losses.dim() - 1)).to(losses.dtype)
+        return counts
+
+    def measure(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Per example: sum of losses, number right, number of positions; shape [3, B]."""
+        losses = self.elementwise(outputs, target)
+        counts = self._counts(target, losses, None)
+        right = (
+            (outputs.argmax(-1) == target).to(losses.dtype) * counts
+            if self.classifies
+            else torch.zeros_like(losses)
+        )
+        return torch.stack([t.reshape(t.shape[0], -1).sum(1) for t in (losses, right, counts)])
+
+
+CRITERIA = {
+    "cross_entropy": Criterion("cross_entropy", _classes_last, classifies=True),
+    "next_token": Criterion("next_token", _classes_last, classifies=True),
+    "mse": Criterion("mse", _squared, classifies=False),
+}
+
+
+def criterion(name: str) -> Criterion:
+    """The criterion of that name. Raises `ConfigError` for an unknown one."""
+    try:
+        return CRITERIA[name]
+    except KeyError:
+        raise ConfigError(
+            f"criterion = {name!r} is not known; allowed: {', '.join(CRITERIA)}"
+        ) from None

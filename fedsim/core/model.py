@@ -1,0 +1,174 @@
+"""A module seen as a function of one flat parameter vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedsim.core.criteria import Criterion
+from fedsim.core.records import FlatRecord, Layout
+
+Loss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+"""`loss(outputs, target, weight) -> scalar` of one client's batch."""
+
+
+def trainable_names(module: nn.Module) -> frozenset[str]:
+    """Names of the parameters with `requires_grad`."""
+    return frozenset(n for n, p in module.named_parameters() if p.requires_grad)
+
+
+def is_stochastic(module: nn.Module) -> bool:
+    """Whether the module draws random numbers in training (dropout)."""
+    kinds = (nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention)
+    return any(
+        isinstance(m, kinds) and (getattr(m, "p", 0) or getattr(m, "dropout", 0))
+        for m in module.modules()
+    )
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What an algorithm may know of a model without holding it.
+
+    Attributes:
+        layout: names, shapes and dtypes of all entries.
+        kinds: class name of the module that owns each entry, for example ``"BatchNorm2d"``.
+        buffers: names of the entries that are not parameters.
+        head: names of the entries of the last module that has parameters.
+    """
+
+    layout: Layout
+    kinds: Mapping[str, str]
+    buffers: frozenset[str]
+    head: frozenset[str]
+
+    @staticmethod
+    def of(module: nn.Module, layout: Layout) -> ModelInfo:
+        """Read the facts off a module."""
+        owners: dict[str, tuple[str, str]] = {}
+        for prefix, child in module.named_modules():
+            entries = (*child._parameters, *child._buffers)
+            owners.update(
+                {f"{prefix}.{e}" if prefix else e: (prefix, type(child).__name__) for e in entries}
+            )
+        parameters = [n for n, _ in module.named_parameters()]
+        last = owners[parameters[-1]][0] if parameters else ""
+        names = frozenset(layout.names)
+        return ModelInfo(
+            layout,
+            {n: kind for n, (_, kind) in owners.items() if n in names},
+            names - frozenset(parameters),
+            frozenset(n for n, (prefix, _) in owners.items() if prefix == last and n in names),
+        )
+
+
+class FlatModel:
+    """One resident module, evaluated at flat vectors.
+
+    The vector holds the trainable parameters first and the floating-point buffers behind them;
+    buffers (BatchNorm statistics) are updated in place, in the vector, during training.
+    Not thread-safe: each worker thread has its own.
+
+    Args:
+        module: its present values are the initial model.
+        criterion: the task's loss.
+    """
+
+    def __init__(self, module: nn.Module, criterion: Criterion) -> None:
+        self.module = module
+        self.criterion = criterion
+        state = module.state_dict()
+        self.layout = Layout.of(state, trainable_names(module))
+        self.info = ModelInfo.of(module, self.layout)
+        self.stochastic = is_stochastic(module)
+        self._initial = FlatRecord(
+            self.layout,
+            self.layout.flatten(state),
+            {n: state[n].detach().clone() for n in self.layout.beside},
+        )
+
+    def initial(self) -> FlatRecord:
+        """The values the module was built with."""
+        return self._initial
+
+    def _bind(self, flat: Tensor, beside: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.layout.views(flat) | beside
+
+    @contextmanager
+    def _mode(self, training: bool) -> Iterator[None]:
+        before = self.module.training
+        if before != training:
+            self.module.train(training)
+        try:
+            yield
+        finally:
+            if before != training:
+                self.module.train(before)
+
+    def gradient(
+        self,
+        flat: Tensor,
+        beside: dict[str, Tensor],
+        batch: dict[str, Tensor],
+        loss: Loss,
+        training: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss (scalar) and its gradient with respect to the trainable prefix, shape [p].
+
+        Args:
+            flat: vector of shape [layout.size]; its buffer part is updated in place.
+            beside: entries outside the vector, updated in place.
+            batch: fields `x` and `y` (more are passed to nobody), first axis the examples.
+            loss: the training loss.
+            training: module mode; False freezes BatchNorm statistics.
+        """
+        layout = self.layout
+        leaves = [layout.view(flat, n).detach().requires_grad_() for n in layout.trainable]
+        values = self._bind(flat, beside)
+        values.update(zip(layout.trainable, leaves, strict=True))
+        with self._mode(training), torch.enable_grad():
+            outputs = functional_call(self.module, values, (batch["x"],))
+            value = loss(outputs, batch["y"], batch.get("weight"))
+            grads = torch.autograd.grad(value, leaves, allow_unused=True)
+        out = torch.empty(layout.num_trainable, dtype=flat.dtype, device=flat.device)
+        for name, grad in zip(layout.trainable, grads, strict=True):
+            part = out[layout.span(name)]
+            if grad is None:
+                part.zero_()
+            else:
+                part.copy_(grad.reshape(-1))
+        return value.detach(), out
+
+    @torch.no_grad()
+    def outputs(
+        self, flat: Tensor, beside: dict[str, Tensor], x: Tensor, training: bool = False
+    ) -> Tensor:
+        """The module's outputs at `flat` for inputs `x` of shape [B, ...]."""
+        with self._mode(training):
+            result: Tensor = functional_call(self.module, self._bind(flat, beside), (x,))
+        return result
+
+    @torch.no_grad()
+    def measure(
+        self, record: FlatRecord, fields: dict[str, Tensor], index: Tensor, batch_size: int = 1024
+    ) -> Tensor:
+        """Loss sum, number right and number of positions of each example; shape [3, len(index)].
+
+        Args:
+            record: the model's values.
+            fields: all examples.
+            index: which ones, int64.
+            batch_size: examples per forward pass.
+        """
+        parts = [
+            self.criterion.measure(
+                self.outputs(record.flat, record.beside, fields["x"][rows]), fields["y"][rows]
+            )
+            for rows in index.split(batch_size)
+        ]
+        return torch.cat(parts, 1) if parts else torch.zeros(3, 0)

@@ -1,0 +1,76 @@
+"""SCAFFOLD."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Message
+
+from fedsim.core.averaging import Mean, MetricMean, examples_of, metrics_of, server_step
+from fedsim.core.records import FlatRecord, as_flat
+from fedsim.core.strategy import Aggregate, Setting
+from strategies.fedavg import FedAvg
+
+
+class Scaffold(FedAvg):
+    """SCAFFOLD: control variates correct the drift of local steps.
+
+    Karimireddy et al., *SCAFFOLD: Stochastic Controlled Averaging for Federated Learning*, ICML
+    2020, Algorithm 1 with option II. With cohort S out of N clients:
+    ``x <- x + server_lr * mean_S(y_i - x)`` and ``c <- c + (|S| / N) * mean_S(c_i^+ - c_i)``.
+    Clients send the change of their control variate. As in the paper the means are uniform;
+    `weighted` weighs the models, not the control variates, by number of examples.
+
+    Args:
+        server_lr: the paper's global step size.
+        weighted: weigh the clients' models by their number of examples.
+
+    Raises:
+        ConfigError: `server_lr` is not above 0.
+    """
+
+    client = "scaffold"
+
+    def __init__(self, server_lr: float = 1.0, weighted: bool = False) -> None:
+        super().__init__(server_lr, weighted)
+        self.control: FlatRecord | None = None
+
+    def setup(self, setting: Setting) -> None:
+        """Start from a zero control variate, over the trainable entries."""
+        super().setup(setting)
+        if self.control is None:
+            layout = setting.info.layout.restrict(frozenset(setting.info.layout.trainable))
+            self.control = FlatRecord(layout, torch.zeros(layout.size, dtype=layout.dtype))
+
+    def client_arrays(self) -> dict[str, ArrayRecord]:
+        """The server's control variate."""
+        assert self.control is not None, "call setup() before the first round"
+        return {"control": self.control}
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
+        """Average the models and move the control variate."""
+        models, changes, metrics = Mean(), Mean(), MetricMean()
+        for reply in replies:
+            records = reply.content.array_records
+            weight = examples_of(reply.content) if self.weighted else 1.0
+            models.add(records["arrays"], weight)
+            changes.add(records["control"], 1.0)
+            metrics.add(metrics_of(reply.content), weight)
+        mean, change = models.record(), changes.record()
+        if mean is None or change is None or self.arrays is None or self.control is None:
+            return None, None
+        share = changes.total / self.setting.num_clients
+        moved = self.control.flat + share * as_flat(change, self.control.layout).flat
+        self.control = self.control.with_flat(moved)
+        return server_step(self.arrays, mean, self.server_lr), metrics.record()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The server's control variate."""
+        return {"control": None if self.control is None else self.control.flat}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the control variate back (after `setup`)."""
+        if self.control is not None and state["control"] is not None:
+            self.control = self.control.with_flat(state["control"])
