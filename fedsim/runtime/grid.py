@@ -1,0 +1,173 @@
+"""A Flower `Grid` inside this process."""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from threading import Lock
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from fedsim.runtime import flower
+from fedsim.runtime.work import PARTITION
+
+
+def node_of(client: int) -> int:
+    """Node id of a client: its partition number plus one (Flower's ids are above zero)."""
+    return client + 1
+
+
+def client_at(node: int) -> int:
+    """Partition number of a node id."""
+    return node - 1
+
+
+class LocalGrid(Grid):
+    """Runs a `ClientApp` in this process; strategies cannot tell it from Flower's own grids.
+
+    Node ids are partition numbers plus one. A node's `Context.state` is kept between messages.
+    Messages are answered one after another, in the order given, when somebody asks for the
+    replies: a breakpoint in a client stops there, and a server that sums replies as they come
+    holds only one. An exception in a client becomes an error reply that says client, round and
+    stage. Thread-safe.
+
+    Args:
+        client_app: any Flower ClientApp.
+        num_nodes: number of clients.
+        run_config: what clients find in `Context.run_config`.
+        run_id: what they find as run id.
+        debug: let exceptions of clients pass instead of turning them into error replies.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        num_nodes: int,
+        *,
+        run_config: Mapping[str, bool | float | int | str] | None = None,
+        run_id: int = 1,
+        debug: bool = False,
+    ) -> None:
+        flower.become_server(run_id)
+        self._app, self._run_id, self._debug = client_app, run_id, debug
+        self.num_nodes = num_nodes
+        self._run_config = dict(run_config or {})
+        self._contexts: dict[int, Context] = {}
+        self._pending: dict[str, Message] = {}
+        self._numbers = itertools.count(1)
+        self._lock = Lock()
+
+    def set_run(self, run: flower.Run) -> None:
+        """Part of Flower's interface; the run id is fixed at construction."""
+        self._run_id = run.run_id
+
+    @property
+    def run(self) -> flower.Run:
+        """The run, of which only the id is set."""
+        return flower.empty_run(self._run_id)
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Deprecated by Flower: use ``Message(...)``."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All node ids, ascending."""
+        return range(1, self.num_nodes + 1)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Accept messages; each is executed when its reply is pulled."""
+        ids = []
+        with self._lock:
+            for message in messages:
+                number = f"m{next(self._numbers)}"
+                flower.set_message_id(message, number)
+                self._pending[number] = message
+                ids.append(number)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Execute the messages of these ids and return their replies; unknown ids are skipped."""
+        return list(self._replies(message_ids))
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Replies in the order of `messages`, each computed when it is taken.
+
+        `timeout` (seconds) is ignored: nothing can get lost in one process.
+        """
+        return self._replies(self.push_messages(messages))
+
+    def _replies(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        for number in message_ids:
+            with self._lock:
+                message = self._pending.pop(number, None)
+            if message is not None:
+                yield self._numbered(self.execute(message))
+
+    def _numbered(self, reply: Message) -> Message:
+        flower.set_message_id(reply, f"r{next(self._numbers)}")
+        return reply
+
+    def context(self, node: int) -> Context:
+        """The node's context; made when first asked for."""
+        with self._lock:
+            if node not in self._contexts:
+                config: dict[str, str | int | float | bool] = {
+                    PARTITION: client_at(node),
+                    "num-partitions": self.num_nodes,
+                }
+                self._contexts[node] = Context(
+                    self._run_id, node, config, RecordDict(), self._run_config
+                )
+            return self._contexts[node]
+
+    def states(self) -> dict[int, RecordDict]:
+        """State of every node that has any, by node id."""
+        return {n: c.state for n, c in sorted(self._contexts.items()) if len(c.state)}
+
+    def load_states(self, states: Mapping[int, RecordDict]) -> None:
+        """Replace the state of all nodes."""
+        with self._lock:
+            self._contexts.clear()
+        for node, state in states.items():
+            self.context(node).state = state
+
+    def execute(self, message: Message) -> Message:
+        """Run the ClientApp on one message and return its reply."""
+        node = message.metadata.dst_node_id
+        if not 1 <= node <= self.num_nodes:
+            return self.failure(message, flower.NODE_UNAVAILABLE, f"there is no node {node}")
+        try:
+            return self._app(message, self.context(node))
+        except Exception as error:
+            if self._debug:
+                raise
+            return self.failure(message, flower.CLIENT_RAISED, describe(message, error))
+
+    @staticmethod
+    def failure(message: Message, code: int, reason: str) -> Message:
+        """An error reply."""
+        return Message(Error(code, reason), reply_to=message)
+
+
+def describe(message: Message, error: BaseException) -> str:
+    """One line on a client's exception: client, round, stage, error, and where it was raised."""
+    config = message.content.config_records.get("config", {}) if message.has_content() else {}
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return (
+        f"client {client_at(message.metadata.dst_node_id)}, round "
+        f"{config.get('server-round', '?')}, {message.metadata.message_type}: "
+        f"{type(error).__name__}: {error}{where}"
+    )
