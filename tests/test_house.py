@@ -225,31 +225,26 @@ def test_core_list_of_the_architecture_is_complete() -> None:
 # ------------------------------------------------------------------------ every algorithm
 
 
-def algorithms() -> list[str]:
-    """The strategies registered by name: Flower's and ours."""
-    return registry.names("strategies")
+def files_of(room: str) -> set[str]:
+    """Names of the algorithm files of a room; `app` is the Flower ClientApp."""
+    return {p.stem for p in (ROOT / room).glob("*.py")} - {"__init__", "app"}
 
 
-def client_of(path: Path) -> str | None:
-    """The `client = "..."` that the last class of a strategy file declares."""
-    declared = re.findall(r'^    client(?:: [^=]+)? = "([\w.:]+)"', text(path), re.MULTILINE)
-    return declared[-1] if declared else None
+@pytest.mark.parametrize("room", ["strategies", "clients"])
+def test_every_algorithm_file_is_registered(room: str) -> None:
+    places = {registry.locate(room, name).split(":")[0] for name in registry.names(room)}
+    assert {f"{room}.{stem}" for stem in files_of(room)} <= places
 
 
-STRATEGY_FILES = [p for p in sorted((ROOT / "strategies").glob("*.py")) if p.stem != "__init__"]
-
-
-@pytest.mark.parametrize("path", STRATEGY_FILES, ids=lambda p: p.stem)
-def test_strategy_has_a_client_half_and_a_contract_row(path: Path) -> None:
-    half = ROOT / "clients" / path.name
-    named = client_of(path)
-    assert half.exists() or named in registry.names("clients"), f"no clients/{path.name}"
+@pytest.mark.parametrize("name", registry.names("strategies"))
+def test_strategy_has_a_client_half_and_a_contract_row(name: str) -> None:
+    """Either clients/NAME.py, or the half that the class names as its `client`."""
+    strategy = registry.resolve("strategies", name)
+    assert callable(registry.resolve("clients", getattr(strategy, "client", name)))
     contract = "".join(text(p) for p in sorted((ROOT / "tests" / "contract").rglob("*.py")))
-    assert re.search(rf'["\']{path.stem}["\']', contract), (
-        f"no row for {path.stem} in tests/contract"
-    )
+    assert re.search(rf'["\']{name}["\']', contract), "no row in tests/contract"
 
 
 def test_readme_lists_every_strategy() -> None:
     table = set(re.findall(r"^\| `(\w+)`", text(ROOT / "README.md"), re.MULTILINE))
-    assert table == set(algorithms())
+    assert table == set(registry.names("strategies"))
