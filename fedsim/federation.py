@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -233,17 +233,11 @@ class Federation:
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Drive the strategy's exchange for one round."""
         view = View(self.grid, self.cohort(server_round))
-        conversation = self.strategy.exchange(
-            server_round, arrays, self.told(server_round), view
-        )
+        conversation = self.strategy.exchange(server_round, arrays, self.told(server_round), view)
         replies: Iterable[Message] | None = None
         try:
             while True:
-                messages = (
-                    next(conversation)
-                    if replies is None
-                    else conversation.send(replies)
-                )
+                messages = next(conversation) if replies is None else conversation.send(replies)
                 replies = self.admitted(messages, tally)
         except StopIteration as done:
             return cast("tuple[ArrayRecord | None, MetricRecord | None]", done.value)
@@ -322,9 +316,11 @@ class Federation:
         if config.central and (server_round % config.every == 0 or server_round == last):
             row.update(self.central(self.strategy.models(arrays)))
         every = config.clients_every or last
-        if config.clients and self.judges and (server_round == last or (
-            config.clients_every and server_round % every == 0
-        )):
+        if (
+            config.clients
+            and self.judges
+            and (server_round == last or (config.clients_every and server_round % every == 0))
+        ):
             row.update(self.on_clients(server_round, arrays, tally))
         return row
 
@@ -396,5 +392,3 @@ class Federation:
                     f"the model diverged in round {progress.round}: {name} holds NaN or infinity; "
                     "lower train.lr or the strategy's server_lr"
                 )
-
-

@@ -23,6 +23,7 @@ from torch import Tensor
 from fedsim.core.errors import RunError
 
 FORMAT = 1
+TABLES = ("rounds", "client_rows", "timings")
 
 
 @dataclass
@@ -35,7 +36,8 @@ class Snapshot:
         strategy: the strategy's state.
         clients: state kept by clients: node -> record name -> entry name -> tensor.
         rounds: rows of the rounds table so far.
-        clients_rows: rows of the clients table so far.
+        client_rows: rows of the clients table so far.
+        timings: rows of the timings table so far, measured seconds.
     """
 
     round: int
@@ -43,7 +45,8 @@ class Snapshot:
     strategy: dict[str, Any] = field(default_factory=dict)
     clients: dict[str, Any] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
-    clients_rows: list[dict[str, Any]] = field(default_factory=list)
+    client_rows: list[dict[str, Any]] = field(default_factory=list)
+    timings: list[dict[str, Any]] = field(default_factory=list)
 
 
 def flatten(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
@@ -102,7 +105,7 @@ class Journal:
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
         folder.mkdir(parents=True, exist_ok=True)
-        self._written = {"rounds": 0, "clients_rows": 0}
+        self._written = dict.fromkeys(TABLES, 0)
         self._length = 0
 
     @property
@@ -111,6 +114,12 @@ class Journal:
 
     def _generations(self) -> list[Path]:
         return sorted(self.folder.glob("round-*.safetensors"))
+
+    def clear(self) -> None:
+        """Forget everything: the run starts anew."""
+        for path in [*self._generations(), self._history]:
+            path.unlink(missing_ok=True)
+        self._written, self._length = dict.fromkeys(TABLES, 0), 0
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint; older generations beyond `keep` go."""
@@ -179,7 +188,7 @@ class Journal:
         if _digest(tensors) != header["digest"]:
             raise ValueError("digest does not match")
         state = unflatten(header["state"], tensors)
-        tables: dict[str, list[dict[str, Any]]] = {"rounds": [], "clients_rows": []}
+        tables: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
         length = header["history_bytes"]
         if length:
             data = self._history.read_bytes()[:length]
@@ -195,8 +204,7 @@ class Journal:
             state["server"],
             state["strategy"],
             state["clients"],
-            tables["rounds"],
-            tables["clients_rows"],
+            **tables,
         )
 
 

@@ -78,9 +78,7 @@ class TensorArray(Array):
         tensor = self.tensor.contiguous().cpu()
         return cast(
             np.ndarray,
-            tensor.view(torch.uint16).numpy()
-            if tensor.dtype == torch.bfloat16
-            else tensor.numpy(),
+            tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy(),
         )
 
 
@@ -272,9 +270,7 @@ def _read_only(_: object) -> None:
     raise TypeError("a FlatRecord is read-only; build a new record instead")
 
 
-def to_record(
-    state: Mapping[str, Tensor], trainable: frozenset[str] | None = None
-) -> FlatRecord:
+def to_record(state: Mapping[str, Tensor], trainable: frozenset[str] | None = None) -> FlatRecord:
     """Pack a state (name -> tensor) into a record; copies the tensors into one vector."""
     layout = Layout.of(state, trainable)
     beside = {name: state[name].detach().clone() for name in layout.beside}

@@ -99,9 +99,7 @@ class Strategy(FlowerStrategy):
             config: configuration of the round.
             node: node id of the client.
         """
-        record = RecordDict(
-            {**content, "config": ConfigRecord({**config, **self.client_config()})}
-        )
+        record = RecordDict({**content, "config": ConfigRecord({**config, **self.client_config()})})
         return Message(record, dst_node_id=node, message_type=f"{kind}.{route(self.client)}")
 
     def configure_train(

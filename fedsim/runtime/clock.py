@@ -36,9 +36,7 @@ class Device:
         return transfer + flops / self.flops
 
 
-def workstation(
-    flops: float = 1e11, down_mbit: float = 1000.0, up_mbit: float = 1000.0
-) -> Device:
+def workstation(flops: float = 1e11, down_mbit: float = 1000.0, up_mbit: float = 1000.0) -> Device:
     """A desktop on a wired network: 100 GFLOP/s sustained, 1 Gbit/s both ways."""
     return Device(flops, down_mbit, up_mbit)
 

@@ -62,9 +62,9 @@ class Outcome:
     num_steps: int
 
 
-def batches_of(program: LocalProgram, index: np.ndarray, stream: np.random.Generator) -> list[
-    tuple[np.ndarray, int]
-]:
+def batches_of(
+    program: LocalProgram, index: np.ndarray, stream: np.random.Generator
+) -> list[tuple[np.ndarray, int]]:
     """The minibatches of one client's round: (example indices, epoch) for each step.
 
     Args:

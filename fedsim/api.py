@@ -1,0 +1,344 @@
+"""What the command line does, as functions: `run`, `compare`, `resume`, `report`, `plan`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsim.config import Experiment, StrategyConfig, override, slug
+from fedsim.core.errors import ConfigError, FedsimError, RunError
+from fedsim.core.events import Notice
+from fedsim.core.records import count_bytes
+from fedsim.runner import OnEvent, Run, RunResult, Task, saved_config
+from fedsim.runtime.work import Environment
+from fedsim.tuning import tune
+
+RUNS = Path("runs")
+"""Where runs go when no folder is named."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison.
+
+    Attributes:
+        path: its folder.
+        results: the runs that ended.
+        failed: label, seed and reason of every run that did not.
+        html: the report.
+        markdown: its twin.
+    """
+
+    path: Path
+    results: tuple[RunResult, ...]
+    failed: tuple[tuple[str, int, str], ...]
+    html: Path
+    markdown: Path
+
+
+def find_strategy(experiment: Experiment, label: str | None) -> StrategyConfig:
+    """The strategy of that label; the first one if None. Raises `ConfigError` if there is none."""
+    entries = {s.label: s for s in experiment.strategy}
+    if label is None:
+        return experiment.strategy[0]
+    if label not in entries:
+        raise ConfigError(f"strategy {label!r} is not in the file; there are {', '.join(entries)}")
+    return entries[label]
+
+
+def run(
+    experiment: Experiment,
+    *,
+    strategy: str | None = None,
+    seed: int | None = None,
+    out: str | Path | None = None,
+    on_event: OnEvent | None = None,
+) -> RunResult:
+    """Run one strategy with one seed.
+
+    Args:
+        experiment: from `fedsim.load_experiment`.
+        strategy: label of the strategy; None takes the first.
+        seed: None takes the first of the experiment.
+        out: the run folder; None makes ``runs/NAME/LABEL-seedN``.
+        on_event: told of every start, round and end.
+
+    Raises:
+        FedsimError: what the user can mend; what is finished stays on disk.
+    """
+    entry = find_strategy(experiment, strategy)
+    seed = experiment.experiment.seeds[0] if seed is None else seed
+    folder = Path(out) if out else RUNS / experiment.experiment.name / run_name(entry, seed)
+    return execute(Task(experiment, entry, seed, folder), on_event)
+
+
+def run_name(entry: StrategyConfig, seed: int) -> str:
+    """Name of the run's folder in a comparison."""
+    return f"{slug(entry.label)}-seed{seed}"
+
+
+def execute(task: Task, on_event: OnEvent | None = None) -> RunResult:
+    """Run a task: anew, from its last checkpoint, or not at all if it is finished already.
+
+    Raises:
+        RunError: the folder holds another run.
+    """
+    before = saved_config(task.path)
+    if before is None:
+        if task.path.exists() and any(task.path.iterdir()):
+            raise RunError(f"{task.path} is not empty and holds no run; give another --out")
+        return Run(task, on_event).execute()
+    wanted = task.config("", "")
+    for key in ("experiment", "strategy", "seed"):
+        if before.get(key) != wanted[key]:
+            raise RunError(
+                f"{task.path} holds another run (its {key} differs); give another --out, "
+                "or remove it"
+            )
+    done = finished(task)
+    if done is not None:
+        if on_event:
+            on_event(Notice(task.name, "is finished already; nothing to do"))
+        return done
+    return Run(task, on_event).execute(resume=True)
+
+
+def finished(task: Task) -> RunResult | None:
+    """The result of a task whose folder is finished, else None."""
+    from fedsim.results import Run as Folder
+
+    folder = Folder.load(task.path)
+    if not folder.finished:
+        return None
+    last = folder.rounds.slice(folder.rounds.num_rows - 1).to_pylist()[0]
+    metrics = {n: float(v) for n, v in last.items() if isinstance(v, (int, float)) and n != "round"}
+    return RunResult(task.path, task.entry.label, task.seed, metrics)
+
+
+def resume(path: str | Path, on_event: OnEvent | None = None) -> RunResult | Comparison:
+    """Go on with a run or a comparison that was interrupted, to the same bits.
+
+    Raises:
+        RunError: the folder is neither, or every checkpoint is damaged.
+    """
+    folder = Path(path)
+    config = saved_config(folder)
+    if config is not None:
+        experiment = Experiment.model_validate(config["experiment"])
+        entry = StrategyConfig.model_validate(config["strategy"])
+        return execute(Task(experiment, entry, int(config["seed"]), folder), on_event)
+    plan_file = folder / EXPERIMENT_FILE
+    if plan_file.exists():
+        experiment = Experiment.model_validate_json(plan_file.read_text())
+        return compare(experiment, out=folder, on_event=on_event)
+    raise RunError(f"{folder} is no run and no comparison; give the folder that --out named")
+
+
+EXPERIMENT_FILE = "experiment.json"
+
+
+def compare(
+    experiment: Experiment, *, out: str | Path | None = None, on_event: OnEvent | None = None
+) -> Comparison:
+    """Run every strategy with every seed, then write the report.
+
+    Runs that are finished already are kept, interrupted ones go on. A run that fails does not
+    stop the others. With ``[tune]`` the strategies are tuned first; with ``[sweep]`` the whole is
+    repeated for every value.
+
+    Args:
+        experiment: from `fedsim.load_experiment`.
+        out: folder of the comparison; None makes ``runs/NAME``.
+        on_event: told of every start, round and end.
+
+    Raises:
+        RunError: the folder holds another comparison, or cannot be written to.
+    """
+    folder = Path(out) if out else RUNS / experiment.experiment.name
+    _claim(folder, experiment)
+    tasks = []
+    for variant, place in _variants(experiment, folder):
+        strategies = tune(variant, place / "tune", execute, on_event)
+        for entry in strategies:
+            for seed in variant.experiment.seeds:
+                tasks.append((variant, entry, seed, place / run_name(entry, seed)))
+    results, failed = [], []
+    for index, (variant, entry, seed, path) in enumerate(tasks, 1):
+        try:
+            results.append(execute(Task(variant, entry, seed, path, index, len(tasks)), on_event))
+        except ConfigError:
+            raise
+        except FedsimError as error:
+            failed.append((entry.label, seed, str(error)))
+            if on_event:
+                on_event(Notice(path.name, f"failed: {error}"))
+    html, markdown = report([folder], folder)
+    return Comparison(folder, tuple(results), tuple(failed), html, markdown)
+
+
+def _variants(experiment: Experiment, folder: Path) -> list[tuple[Experiment, Path]]:
+    """The experiment once, or once for each value of its sweep, with a folder each."""
+    sweep = experiment.sweep
+    if sweep is None:
+        return [(experiment, folder)]
+    return [
+        (override(experiment, {sweep.key: value}), folder / f"{sweep.key}={slug(str(value))}")
+        for value in sweep.values
+    ]
+
+
+def _claim(folder: Path, experiment: Experiment) -> None:
+    """Make the comparison's folder and note the experiment in it.
+
+    Raises:
+        RunError: it holds another experiment, or cannot be written to.
+    """
+    file = folder / EXPERIMENT_FILE
+    wanted = experiment.model_dump_json(indent=1)
+    try:
+        if file.exists():
+            if file.read_text() != wanted:
+                raise RunError(
+                    f"{folder} holds another comparison; give another --out, or remove it"
+                )
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(wanted)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written to: {error.strerror}") from None
+
+
+def report(
+    paths: Iterable[str | Path], out: str | Path, title: str | None = None
+) -> tuple[Path, Path]:
+    """Write `report.html` and `report.md` from run folders.
+
+    Args:
+        paths: run folders, or folders that contain them.
+        out: where the report goes.
+        title: its headline; default: the experiment's name.
+    """
+    from fedsim.results.report import write_report
+
+    return write_report(list(paths), Path(out), title)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one strategy costs in the plan.
+
+    Attributes:
+        label: the strategy.
+        bytes_down: bytes to the cohort in one round.
+        bytes_up: bytes back.
+        seconds: estimated seconds of one run on this machine.
+    """
+
+    label: str
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment would do.
+
+    Attributes:
+        name: of the experiment.
+        runs: number of runs, tuning included.
+        rounds: rounds per run.
+        clients: size of the population.
+        cohort: clients asked per round.
+        examples: min, median and max of training examples per client.
+        test_examples: size of the central test set.
+        parameters: trainable parameters of the model.
+        costs: one entry per strategy.
+        seconds: estimated seconds of all runs on this machine.
+    """
+
+    name: str
+    runs: int
+    rounds: int
+    clients: int
+    cohort: int
+    examples: tuple[int, float, int]
+    test_examples: int
+    parameters: int
+    costs: tuple[Cost, ...]
+    seconds: float
+
+
+def plan(experiment: Experiment) -> Plan:
+    """What an experiment would do and cost; the time is measured on one client of each strategy.
+
+    Raises:
+        FedsimError: the experiment cannot be run as it is.
+    """
+    from fedsim.client_app import ProgramApp
+    from fedsim.core.averaging import metrics_of
+    from fedsim.federation import Federation, Tally
+    from fedsim.runner import build_strategy
+    from fedsim.runtime.grid import LocalGrid
+
+    seed = experiment.experiment.seeds[0]
+    env = Environment.of(experiment, seed)
+    rounds, costs, cohort = experiment.experiment.rounds, [], 0
+    for entry in experiment.strategy:
+        grid = LocalGrid(ProgramApp(env), env.data.num_clients)
+        fed = Federation(experiment, entry, build_strategy(entry), seed, grid, env)
+        start = time.perf_counter()
+        progress = fed.begin()
+        evaluation = time.perf_counter() - start
+        nodes = fed.cohort(1)
+        cohort = max(cohort, len(nodes))
+        messages = next(fed.strategy.exchange(1, progress.arrays, fed.told(1), _shown(grid, nodes)))
+        start = time.perf_counter()
+        reply = next(iter(fed.admitted(messages[:1], Tally(1, env.data.client_names))))
+        one = time.perf_counter() - start
+        assert metrics_of(reply.content)
+        down = sum(count_bytes(m.content) for m in messages)
+        costs.append(
+            Cost(
+                entry.label,
+                down,
+                count_bytes(reply.content) * len(messages),
+                rounds * (len(nodes) * one + evaluation / experiment.evaluate.every),
+            )
+        )
+    seeds = len(experiment.experiment.seeds)
+    variants = 1 if experiment.sweep is None else len(experiment.sweep.values)
+    tuning = _tuning_runs(experiment)
+    lengths = env.data.train.lengths
+    return Plan(
+        experiment.experiment.name,
+        variants * (seeds * len(costs) + sum(tuning)),
+        rounds,
+        env.data.num_clients,
+        cohort,
+        (int(lengths.min()), float(np.median(lengths)), int(lengths.max())),
+        len(env.data.central_test),
+        env.model.layout.num_trainable,
+        tuple(costs),
+        variants * sum(c.seconds * (seeds + t) for c, t in zip(costs, tuning, strict=True)),
+    )
+
+
+def _tuning_runs(experiment: Experiment) -> list[int]:
+    from fedsim.tuning import candidates
+
+    if experiment.tune is None:
+        return [0] * len(experiment.strategy)
+    seeds = len(experiment.tune.seeds)
+    return [len(candidates(experiment, entry)) * seeds for entry in experiment.strategy]
+
+
+def _shown(grid: Any, nodes: Sequence[int]) -> Any:
+    from fedsim.federation import View
+
+    return View(grid, list(nodes))

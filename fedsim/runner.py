@@ -1,0 +1,273 @@
+"""One run: one strategy, one seed, one folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, RecordDict
+from safetensors.torch import save_file
+
+from fedsim import registry
+from fedsim.client_app import EXPERIMENT, SEED, ProgramApp
+from fedsim.config import Experiment, StrategyConfig
+from fedsim.core.adapter import adapt
+from fedsim.core.errors import RunError
+from fedsim.core.events import Event, RoundFinished, RunFinished, RunStarted
+from fedsim.core.records import as_flat, from_record, to_record
+from fedsim.core.strategy import Strategy
+from fedsim.federation import Federation, Progress
+from fedsim.journal import Journal, Snapshot
+from fedsim.results import RunWriter, environment
+from fedsim.runtime.grid import LocalGrid
+from fedsim.runtime.work import Environment, client_of
+
+OnEvent = Callable[[Event], None]
+TABLES_EVERY = 5.0
+"""Seconds between writes of the tables while a run goes on; the journal has every round."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to run and where.
+
+    Attributes:
+        experiment: the whole configuration.
+        entry: the strategy.
+        seed: the seed.
+        path: the run folder.
+        index: number of this run in a comparison, from 1.
+        total: number of runs in the comparison.
+    """
+
+    experiment: Experiment
+    entry: StrategyConfig
+    seed: int
+    path: Path
+    index: int = 1
+    total: int = 1
+
+    @property
+    def name(self) -> str:
+        """Name of the run in messages."""
+        return self.path.name
+
+    def config(self, executor: str, fingerprint: str) -> dict[str, Any]:
+        """The content of `config.json`."""
+        return {
+            "experiment": self.experiment.model_dump(mode="json"),
+            "strategy": self.entry.model_dump(mode="json"),
+            "seed": self.seed,
+            "executor": executor,
+            "data_fingerprint": fingerprint,
+        }
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        path: its folder.
+        label: label of the strategy.
+        seed: its seed.
+        metrics: the last value of every column of the rounds table.
+    """
+
+    path: Path
+    label: str
+    seed: int
+    metrics: dict[str, float]
+
+
+def build_strategy(entry: StrategyConfig) -> Strategy:
+    """The server half of a configured strategy.
+
+    Raises:
+        ConfigError: there is no such strategy, or it refuses its parameters.
+    """
+    made = registry.resolve("strategies", entry.name)(**entry.params)
+    strategy = adapt(made, client_of(entry.name, entry.client))
+    if entry.client:
+        strategy.client = entry.client  # type: ignore[misc]
+    return strategy
+
+
+def saved_config(path: Path) -> dict[str, Any] | None:
+    """The `config.json` of a run folder, or None if the folder is no run."""
+    file = path / "config.json"
+    try:
+        content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} cannot be read: {error}") from None
+    return content or None
+
+
+class Run:
+    """Executes one task, from the start or from its last checkpoint.
+
+    Args:
+        task: what to run.
+        on_event: told of every start, round and end.
+    """
+
+    def __init__(self, task: Task, on_event: OnEvent | None = None) -> None:
+        self.task = task
+        self._tell: OnEvent = on_event or (lambda event: None)
+        self.env = Environment.of(task.experiment, task.seed)
+        run_config: dict[str, bool | float | int | str] = {
+            EXPERIMENT: task.experiment.model_dump_json(),
+            SEED: task.seed,
+        }
+        self.grid = LocalGrid(
+            ProgramApp(self.env), self.env.data.num_clients, run_config=run_config
+        )
+        self.federation = Federation(
+            task.experiment, task.entry, build_strategy(task.entry), task.seed, self.grid, self.env
+        )
+        self.writer = RunWriter(task.path)
+        self.journal = Journal(task.path / "checkpoints", task.experiment.journal.keep)
+        self._tables_written = time.monotonic()
+
+    @property
+    def _rounds(self) -> int:
+        return self.task.experiment.experiment.rounds
+
+    def execute(self, resume: bool = False) -> RunResult:
+        """Run all rounds that are left.
+
+        Args:
+            resume: go on from the last checkpoint where there is one.
+
+        Raises:
+            RunError: the run cannot go on; what is finished stays on disk.
+        """
+        snapshot = self.journal.load() if resume else None
+        if snapshot is None:
+            self.writer.write_config(self.task.config("serial", self.env.data.fingerprint))
+            self.writer.write_environment(environment())
+            self.journal.clear()
+        self._tell(
+            RunStarted(
+                self.task.name,
+                self.task.entry.label,
+                self.task.seed,
+                self._rounds,
+                self.task.index,
+                self.task.total,
+            )
+        )
+        progress = self._restore(snapshot) if snapshot else self._begin()
+        try:
+            self._loop(progress)
+        except KeyboardInterrupt:
+            self._stop(progress, "interrupted", "interrupted by the user")
+            raise
+        except BaseException as error:
+            self._stop(progress, "failed", f"{type(error).__name__}: {error}")
+            raise
+        return self._finish(progress)
+
+    def _begin(self) -> Progress:
+        self._status("running", 0)
+        progress = self.federation.begin()
+        self._save(progress)
+        return progress
+
+    def _loop(self, progress: Progress) -> None:
+        every = self.task.experiment.journal.every
+        while progress.round < self._rounds:
+            self.federation.advance(progress)
+            self.federation.check_finite(progress)
+            if progress.round % every == 0 or progress.round == self._rounds:
+                self._save(progress)
+            row = progress.rounds[-1]
+            self._tell(
+                RoundFinished(
+                    self.task.name,
+                    progress.round,
+                    self._rounds,
+                    numbers(row),
+                    row["admitted"],
+                    row["bytes_up"],
+                    row["bytes_down"],
+                    progress.timings[-1]["wall_seconds"],
+                )
+            )
+
+    def _save(self, progress: Progress) -> None:
+        states = {
+            str(node): {name: from_record(r) for name, r in state.array_records.items()}
+            for node, state in self.grid.states().items()
+        }
+        self.journal.save(
+            Snapshot(
+                progress.round,
+                from_record(progress.arrays),
+                self.federation.strategy.state_dict(),
+                states,
+                progress.rounds,
+                progress.clients,
+                progress.timings,
+            )
+        )
+        if time.monotonic() - self._tables_written > TABLES_EVERY:
+            self.writer.write_tables(progress.rounds, progress.clients, progress.timings)
+            self._tables_written = time.monotonic()
+
+    def _restore(self, snapshot: Snapshot) -> Progress:
+        initial = self.env.model.initial()
+        names = set(snapshot.server)
+        arrays: ArrayRecord = to_record(snapshot.server)
+        if names == set(initial.layout.names):
+            arrays = as_flat(arrays, initial.layout)
+        self.federation.strategy.load_state_dict(snapshot.strategy)
+        self.grid.load_states(
+            {
+                int(node): RecordDict({n: to_record(entries) for n, entries in records.items()})
+                for node, records in snapshot.clients.items()
+            }
+        )
+        self._status("running", snapshot.round)
+        return Progress(
+            snapshot.round, arrays, snapshot.rounds, snapshot.client_rows, snapshot.timings
+        )
+
+    def _status(self, state: str, done: int, reason: str | None = None) -> None:
+        self.writer.write_status(
+            {"state": state, "round": done, "rounds": self._rounds, "reason": reason}
+        )
+
+    def _stop(self, progress: Progress, state: str, reason: str) -> None:
+        self.writer.write_tables(progress.rounds, progress.clients, progress.timings)
+        self._status(state, progress.round, reason)
+
+    def _finish(self, progress: Progress) -> RunResult:
+        self.writer.write_tables(progress.rounds, progress.clients, progress.timings)
+        save_models(self.task.path, self.federation.final_models(progress))
+        self._status("finished", progress.round)
+        metrics = numbers(progress.rounds[-1])
+        self._tell(RunFinished(self.task.name, str(self.task.path), metrics))
+        return RunResult(self.task.path, self.task.entry.label, self.task.seed, metrics)
+
+
+def numbers(row: dict[str, Any]) -> dict[str, float]:
+    """The numeric columns of a row."""
+    return {n: float(v) for n, v in row.items() if isinstance(v, (int, float)) and n != "round"}
+
+
+def save_models(path: Path, models: dict[str, dict[str, Any]]) -> None:
+    """Write `model.safetensors`, or `models/NAME.safetensors` where there are several."""
+    for name, state in models.items():
+        file = path / "model.safetensors"
+        if len(models) > 1:
+            file = path / "models" / f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}.safetensors"
+            file.parent.mkdir(exist_ok=True)
+        temporary = file.with_name(f".{file.name}.tmp")
+        save_file({n: t.contiguous().clone() for n, t in state.items()}, temporary)
+        temporary.replace(file)

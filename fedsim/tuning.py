@@ -1,0 +1,117 @@
+"""Chooses each strategy's parameters on seeds of their own, before the comparison."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedsim.config import Experiment, StrategyConfig, slug
+from fedsim.core.errors import ConfigError, FedsimError, RunError
+from fedsim.journal import write_atomic
+from fedsim.runner import OnEvent, RunResult, Task
+
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "client_loss"})
+Execute = Callable[[Task, "OnEvent | None"], RunResult]
+
+
+def candidates(experiment: Experiment, entry: StrategyConfig) -> list[dict[str, Any]]:
+    """Every combination of the values to try for a strategy, by dotted key."""
+    shared = experiment.tune.grid if experiment.tune else {}
+    grid = {**shared, **entry.tune}
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def with_values(entry: StrategyConfig, values: dict[str, Any]) -> StrategyConfig:
+    """The strategy with values set: ``train.KEY`` in its training, other keys its parameters.
+
+    Raises:
+        ConfigError: a key belongs to neither.
+    """
+    params, train = dict(entry.params), dict(entry.train)
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        if section == "train":
+            train[name] = value
+        elif not section:
+            params[key] = value
+        else:
+            raise ConfigError(f"tune key {key!r} must be train.NAME or a strategy's parameter")
+    return StrategyConfig.model_validate({**entry.model_dump(), "params": params, "train": train})
+
+
+def tune(
+    experiment: Experiment, folder: Path, execute: Execute, on_event: OnEvent | None
+) -> list[StrategyConfig]:
+    """The strategies with their best values; as they are without ``[tune]``.
+
+    Every strategy is run with every candidate on the tuning seeds; the best mean of the final
+    metric wins, the earlier candidate on a tie. A candidate that fails (diverges) loses. What was
+    tried is written to `tuning.json`.
+
+    Args:
+        experiment: the configuration.
+        folder: where the tuning runs go.
+        execute: runs one task.
+        on_event: told of every start, round and end.
+
+    Raises:
+        RunError: no candidate of a strategy ended.
+    """
+    config = experiment.tune
+    if config is None:
+        return list(experiment.strategy)
+    metric = experiment.evaluate.metric
+    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+    trial = _trial(experiment)
+    chosen, tried = [], {}
+    for entry in experiment.strategy:
+        scores: list[tuple[float, dict[str, Any]]] = []
+        for values in candidates(experiment, entry):
+            candidate = with_values(entry, values)
+            name = slug("-".join(f"{k}={v}" for k, v in values.items())) or "only"
+            try:
+                results = [
+                    execute(
+                        Task(
+                            trial,
+                            candidate,
+                            seed,
+                            folder / slug(entry.label) / f"{name}-seed{seed}",
+                        ),
+                        on_event,
+                    )
+                    for seed in config.seeds
+                ]
+            except ConfigError:
+                raise
+            except FedsimError:
+                continue
+            found = [r.metrics[metric] for r in results]
+            scores.append((sum(found) / len(found), values))
+        if not scores:
+            raise RunError(f"tuning {entry.label}: every candidate failed; widen the grid")
+        best = max(scores, key=lambda s: sign * s[0])
+        tried[entry.label] = {
+            "metric": metric,
+            "best": best[1],
+            "candidates": [{**values, metric: score} for score, values in scores],
+        }
+        chosen.append(with_values(entry, best[1]))
+    write_atomic(folder / "tuning.json", json.dumps(tried, indent=1).encode())
+    return chosen
+
+
+def _trial(experiment: Experiment) -> Experiment:
+    """The experiment as tuning runs it: its own number of rounds, evaluated at the end."""
+    assert experiment.tune is not None
+    rounds = experiment.tune.rounds or experiment.experiment.rounds
+    return experiment.model_copy(
+        update={
+            "experiment": experiment.experiment.model_copy(update={"rounds": rounds}),
+            "evaluate": experiment.evaluate.model_copy(update={"every": rounds}),
+            "journal": experiment.journal.model_copy(update={"every": rounds}),
+        }
+    )
