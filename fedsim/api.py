@@ -161,12 +161,12 @@ def compare(
     """
     folder = Path(out) if out else RUNS / experiment.experiment.name
     _claim(folder, experiment)
-    tasks = []
-    for variant, place in _variants(experiment, folder):
-        strategies = tune(variant, place / "tune", execute, on_event)
-        for entry in strategies:
-            for seed in variant.experiment.seeds:
-                tasks.append((variant, entry, seed, place / run_name(entry, seed)))
+    tasks = [
+        (variant, entry, seed, place / run_name(entry, seed))
+        for variant, place in _variants(experiment, folder)
+        for entry in tune(variant, place / "tune", execute, on_event)
+        for seed in variant.experiment.seeds
+    ]
     results, failed = [], []
     for index, (variant, entry, seed, path) in enumerate(tasks, 1):
         try:

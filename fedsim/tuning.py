@@ -68,6 +68,7 @@ def tune(
     trial = _trial(experiment)
     chosen, tried = [], {}
     for entry in experiment.strategy:
+        home = folder / slug(entry.label)
         scores: list[tuple[float, dict[str, Any]]] = []
         for values in candidates(experiment, entry):
             candidate = with_values(entry, values)
@@ -79,7 +80,7 @@ def tune(
                             trial,
                             candidate,
                             seed,
-                            folder / slug(entry.label) / f"{name}-seed{seed}",
+                            home / f"{name}-seed{seed}",
                         ),
                         on_event,
                     )
