@@ -1,0 +1,382 @@
+"""What an experiment is: one pydantic model for each section of the TOML file.
+
+Every field carries its unit and meaning in its description; `fedsim schema` prints them.
+Values are taken strictly (``"3"`` is no number, ``true`` is no integer), numbers must be finite,
+unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, LiteralString, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from fedsim.config.values import flatten, unfit
+
+MAX_SEED = 2**63 - 1
+Grid = Annotated[dict[str, Annotated[list[Any], Field(min_length=1, max_length=100)]],
+                 BeforeValidator(flatten)]  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    for path, problem in unfit(value):
+        where = ".".join(map(str, path))
+        raise ValueError(f"{problem} (at {where})" if where else problem)
+    return value
+
+
+def _distinct(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        twice = next(s for s in seeds if seeds.count(s) > 1)
+        raise ValueError(f"seeds must be distinct, {twice} is there twice")
+    return seeds
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, range)) else value
+
+
+def _count_or_fraction(value: Any) -> int | float:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if 0 <= value <= 10**9 if whole else isinstance(value, float) and 0 <= value < 1:
+        return value
+    raise ValueError("must be a whole number of clients >= 0, or a fraction >= 0 and < 1")
+
+
+def slug(label: str) -> str:
+    """The label as part of a folder's name: lower case, everything unusual replaced by dashes."""
+    return re.sub(r"[^\w.]+", "-", label.lower()).strip("-._")
+
+
+Seeds = Annotated[
+    list[Annotated[int, Field(ge=0, le=MAX_SEED)]],
+    Field(min_length=1, max_length=1000),
+    BeforeValidator(_listed),
+    AfterValidator(_distinct),
+]
+Params = Annotated[dict[str, Any], AfterValidator(_plain)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Seconds = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, strict, nothing unknown, nothing infinite."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def _gather(data: Any, known: frozenset[str]) -> Any:
+    """Move the keys of a table that are no fields into its `params`."""
+    if not isinstance(data, dict):
+        return data
+    rest = {k: v for k, v in data.items() if k not in known}
+    table = {k: v for k, v in data.items() if k in known}
+    params = table.get("params", {})
+    if rest and isinstance(params, dict):
+        table["params"] = {**params, **rest}
+    return table
+
+
+class Named(Section):
+    """A component by name with its parameters: ``"iid"`` or ``{name = "dirichlet", alpha = 0.1}``.
+
+    The name is one of `fedsim list`, a plug-in's, or ``"package.module:attribute"``.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "additionalProperties": True,
+            "description": "A component by name; every other key of the table is its parameter.",
+        }
+    )
+
+    name: str = Field(min_length=1, max_length=200)
+    """Name of the component."""
+    params: Params = {}
+    """Its parameters; in TOML every other key of the table."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        return (
+            {"name": data}
+            if isinstance(data, str)
+            else _gather(data, frozenset(("name", "params")))
+        )
+
+
+Component = Annotated[
+    Named,
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Named"}]}, mode="validation"),
+]
+
+
+class ExperimentSection(Section):
+    """`[experiment]`: what it is called and how long it runs."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Name of the experiment and of its folder: letters, digits, `.`, `_`, `-`."""
+    seeds: Seeds = [0, 1, 2]
+    """One run of every strategy for each seed."""
+    rounds: int = Field(default=20, ge=1, le=10**7)
+    """Rounds of communication."""
+    description: str = Field(default="", max_length=10_000)
+    """What the experiment asks; copied into the report."""
+
+
+class DataConfig(Section):
+    """`[data]`: the examples and which client has which."""
+
+    dataset: Component
+    """Dataset by name."""
+    partition: Component = Named(name="iid")
+    """How examples are dealt to clients, by name."""
+    clients: int | None = Field(default=None, ge=1, le=10**7)
+    """Number of clients; none: the partition's own (natural ids)."""
+    test_fraction: Share = 0.2
+    """Share of each client's examples that is held out to judge it."""
+    heldout_clients: Annotated[
+        int | float,
+        PlainValidator(_count_or_fraction),
+        WithJsonSchema({"type": "number", "minimum": 0}),
+    ] = 0
+    """Clients never trained on, only judged: a number of them, or a fraction below 1."""
+    central_test_fraction: Share = 0.15
+    """Share of all examples kept for the central test set where the dataset brings none."""
+    min_examples: int = Field(default=2, ge=1, le=10**9)
+    """Clients with fewer examples than this are left out."""
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    """Seed of split and partition; none: the run's seed, so that every run has its own."""
+
+
+class CohortConfig(Section):
+    """`[cohort]`: who takes part in a round. Give `fraction` or `size`, not both."""
+
+    fraction: Fraction | None = None
+    """Share of the clients sampled each round; all of them where neither is given."""
+    size: int | None = Field(default=None, ge=1, le=10**7)
+    """Number of clients sampled each round."""
+    quorum: float = Field(default=0.5, ge=0, le=1)
+    """Share of the cohort that must be admitted, or the round is abandoned."""
+    timeout: Seconds | None = None
+    """Seconds after which a reply is late; none: wait for all."""
+    overselect: float = Field(default=0.0, ge=0, le=10)
+    """Share of the cohort that is asked in addition, so that late ones can be spared."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if self.fraction is not None and self.size is not None:
+            raise ValueError("give fraction or size, not both")
+        return self
+
+
+class TrainConfig(Section):
+    """`[train]`: local training, for every strategy alike."""
+
+    epochs: int = Field(default=1, ge=1, le=10**6)
+    """Passes over the client's training examples in a round."""
+    max_steps: int | None = Field(default=None, ge=1, le=10**9)
+    """Stop after that many minibatches; none: no limit."""
+    batch_size: int = Field(default=10, ge=1, le=10**9)
+    """Examples per minibatch."""
+    lr: float = Field(default=0.1, gt=0)
+    """Learning rate of the clients."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Heavy-ball momentum of the clients, reset every round."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Coefficient of the L2 term in the gradient."""
+    lr_decay: float = Field(default=1.0, gt=0, le=1)
+    """Factor by which the learning rate shrinks each round."""
+
+
+class EvaluateConfig(Section):
+    """`[evaluate]`: what is measured and when."""
+
+    every: int = Field(default=1, ge=1, le=10**7)
+    """Rounds between central evaluations; the last round is always evaluated."""
+    central: bool = True
+    """Evaluate on the central test set."""
+    clients: bool = True
+    """Evaluate on each client's held-out examples, with the model meant for that client."""
+    clients_every: int | None = Field(default=None, ge=1, le=10**7)
+    """Rounds between evaluations on the clients; none: after the last round only."""
+    metric: Literal[
+        "accuracy", "loss", "perplexity", "client_accuracy", "client_loss", "client_worst10"
+    ] = "accuracy"
+    """The metric that is compared and tuned for."""
+    target: float | None = None
+    """Value of the metric whose cost in rounds, bytes and seconds is reported."""
+    batch_size: int = Field(default=1024, ge=1, le=10**9)
+    """Examples per forward pass of an evaluation."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not (self.central or self.clients):
+            raise ValueError("central or clients must be true, or nothing is measured")
+        return self
+
+
+class RuntimeConfig(Section):
+    """`[runtime]`: where clients execute."""
+
+    name: Literal["local", "ray"] = "local"
+    """`local`: in this process; `ray`: Flower's Ray simulation."""
+    workers: int = Field(default=1, ge=1, le=4096)
+    """Clients that work at the same time; results do not depend on it."""
+    executor: Literal["auto", "serial", "threads", "batched"] = "auto"
+    """One client after another, on threads, or whole cohorts stacked; written into the run."""
+    device: str = Field(default="cpu", pattern=r"^(cpu|mps|cuda(:\d{1,3})?)$")
+    """Torch device: `cpu`, `cuda`, `cuda:N` or `mps`."""
+
+
+class JournalConfig(Section):
+    """`[journal]`: checkpoints."""
+
+    every: int = Field(default=1, ge=1, le=10**7)
+    """Rounds between checkpoints; what a kill can cost."""
+    keep: int = Field(default=2, ge=1, le=10**6)
+    """Checkpoints kept; an older good one is used when the newest is damaged."""
+
+
+class ClockConfig(Section):
+    """`[clock]`: simulated time."""
+
+    device: Component = Named(name="workstation")
+    """Profile of the clients' devices, by name."""
+
+
+class StrategyConfig(Section):
+    """`[[strategy]]`: one of the algorithms that are compared."""
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": True})
+
+    name: str = Field(min_length=1, max_length=200)
+    """Name of the server half."""
+    label: str = Field(default="", max_length=60, validate_default=True)
+    """What this entry is called in the report; the name where none is given. Unique."""
+    client: str | None = Field(default=None, min_length=1, max_length=200)
+    """Name of the client half; none: the strategy's own."""
+    params: Params = {}
+    """Parameters of the server half; in TOML every other key of the table."""
+    train: Params = {}
+    """Keys of `[train]` that are different for this strategy."""
+    tune: Grid = {}
+    """Values to try for keys of this strategy (`mu`, `train.lr`), besides those of `[tune]`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            data = _gather(data, frozenset(cls.model_fields))
+            name = data.get("name")
+            if isinstance(name, str) and not data.get("label"):
+                data["label"] = name.rpartition(":")[2][:60]
+        return data
+
+    @field_validator("label")
+    @classmethod
+    def _presentable(cls, label: str) -> str:
+        if label and not (slug(label) and label.isprintable()):
+            raise ValueError("must be printable and hold a letter or a digit")
+        return label
+
+    @field_validator("train")
+    @classmethod
+    def _partial(cls, train: dict[str, Any]) -> dict[str, Any]:
+        TrainConfig.model_validate(train)
+        return train
+
+
+class TuneConfig(Section):
+    """`[tune]`: before the comparison every strategy is tuned over the same grid."""
+
+    seeds: Seeds
+    """Seeds used for tuning only; none of the experiment's."""
+    rounds: int | None = Field(default=None, ge=1, le=10**7)
+    """Rounds of a tuning run; none: the experiment's."""
+    grid: Grid = {}
+    """Values to try by dotted key, such as `"train.lr" = [0.03, 0.1]`."""
+
+
+class SweepConfig(Section):
+    """`[sweep]`: the whole comparison is repeated for each value."""
+
+    key: str = Field(min_length=1, max_length=200)
+    """Dotted key that changes, such as `data.partition.alpha`."""
+    values: list[Any] = Field(min_length=1, max_length=100)
+    """Its values."""
+
+
+def _labels(strategies: list[StrategyConfig]) -> list[StrategyConfig]:
+    seen: dict[str, str] = {}
+    for s in strategies:
+        other = seen.setdefault(slug(s.label), s.label)
+        if other is not s.label:
+            raise ValueError(
+                f"labels must be unique (letter case and punctuation aside), {s.label!r} and "
+                f"{other!r} are not; give one of them another label"
+            )
+    return strategies
+
+
+class Experiment(Section):
+    """A whole experiment: strategies compared on the same data, model, cohort and seeds."""
+
+    experiment: ExperimentSection
+    data: DataConfig
+    model: Component
+    """Model by name."""
+    cohort: CohortConfig = CohortConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    journal: JournalConfig = JournalConfig()
+    clock: ClockConfig = ClockConfig()
+    strategy: Annotated[
+        list[StrategyConfig],
+        Field(min_length=1, max_length=1000),
+        BeforeValidator(_listed),
+        AfterValidator(_labels),
+    ]
+    """The algorithms that are compared, each a table `[[strategy]]`."""
+    tune: TuneConfig | None = None
+    sweep: SweepConfig | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        faults = [
+            InitErrorDetails(type=PydanticCustomError("clash", problem), loc=path, input=value)
+            for path, problem, value in self._clashes()
+        ]
+        if faults:
+            raise ValidationError.from_exception_data("Experiment", faults)
+        return self
+
+    def _clashes(self) -> Iterator[tuple[tuple[str, str], LiteralString, object]]:
+        size, clients = self.cohort.size, self.data.clients
+        if size and clients and size > clients:
+            yield ("cohort", "size"), "must not be above data.clients", size
+        if self.tune and set(self.tune.seeds) & set(self.experiment.seeds):
+            problem = "must not be among experiment.seeds: a choice is not judged on its own seeds"
+            yield ("tune", "seeds"), problem, self.tune.seeds
+
+    def training(self, strategy: StrategyConfig) -> TrainConfig:
+        """`[train]` as it holds for one strategy, with the strategy's own keys applied."""
+        return TrainConfig.model_validate({**self.train.model_dump(), **strategy.train})
