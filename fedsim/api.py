@@ -339,6 +339,6 @@ def _tuning_runs(experiment: Experiment) -> list[int]:
 
 
 def _shown(grid: Any, nodes: Sequence[int]) -> Any:
-    from fedsim.federation import View
+    from fedsim.runtime.grid import View
 
     return View(grid, list(nodes))

@@ -21,7 +21,7 @@ from fedsim.core.records import as_flat, count_bytes, from_record
 from fedsim.core.strategy import Served, Setting, Strategy
 from fedsim.gate import Gate, Refusal
 from fedsim.runtime import clock
-from fedsim.runtime.grid import client_at, node_of
+from fedsim.runtime.grid import View, client_at, node_of
 from fedsim.runtime.work import Environment
 
 Row = dict[str, Any]
@@ -48,44 +48,6 @@ class Progress:
     rounds: list[Row] = field(default_factory=list)
     clients: list[Row] = field(default_factory=list)
     timings: list[Row] = field(default_factory=list)
-
-
-class View(Grid):
-    """A grid that shows only some of the nodes of another."""
-
-    def __init__(self, inner: Grid, nodes: list[int]) -> None:
-        self._inner, self._nodes = inner, nodes
-
-    def set_run(self, run: Any) -> None:
-        """Pass on."""
-        self._inner.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """The inner grid's run."""
-        return self._inner.run
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Pass on."""
-        return self._inner.create_message(*args, **kwargs)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """The nodes shown."""
-        return list(self._nodes)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Pass on."""
-        return self._inner.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pass on."""
-        return self._inner.pull_messages(message_ids)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Pass on."""
-        return self._inner.send_and_receive(messages, timeout=timeout)
 
 
 class Tally:

@@ -6,6 +6,7 @@ import itertools
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from threading import Lock
+from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -159,6 +160,44 @@ class LocalGrid(Grid):
     def failure(message: Message, code: int, reason: str) -> Message:
         """An error reply."""
         return Message(Error(code, reason), reply_to=message)
+
+
+class View(Grid):
+    """A grid that shows only some of the nodes of another."""
+
+    def __init__(self, inner: Grid, nodes: list[int]) -> None:
+        self._inner, self._nodes = inner, nodes
+
+    def set_run(self, run: Any) -> None:
+        """Pass on."""
+        self._inner.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """The inner grid's run."""
+        return self._inner.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Pass on."""
+        return self._inner.create_message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The nodes shown."""
+        return list(self._nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Pass on."""
+        return self._inner.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Pass on."""
+        return self._inner.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Pass on."""
+        return self._inner.send_and_receive(messages, timeout=timeout)
 
 
 def describe(message: Message, error: BaseException) -> str:
