@@ -28,8 +28,11 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from fedsim.config.values import flatten, unfit
 
 MAX_SEED = 2**63 - 1
-Grid = Annotated[dict[str, Annotated[list[Any], Field(min_length=1, max_length=100)]],
-                 BeforeValidator(flatten)]  # fmt: skip
+Grid = Annotated[
+    dict[str, Annotated[list[Any], Field(min_length=1, max_length=100)]],
+    BeforeValidator(flatten),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": ["array", "object"]}}),
+]
 
 
 def _plain(value: Any) -> Any:
@@ -100,13 +103,6 @@ class Named(Section):
     The name is one of `fedsim list`, a plug-in's, or ``"package.module:attribute"``.
     """
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "additionalProperties": True,
-            "description": "A component by name; every other key of the table is its parameter.",
-        }
-    )
-
     name: str = Field(min_length=1, max_length=200)
     """Name of the component."""
     params: Params = {}
@@ -121,11 +117,12 @@ class Named(Section):
             else _gather(data, frozenset(("name", "params")))
         )
 
-
-Component = Annotated[
-    Named,
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Named"}]}, mode="validation"),
-]
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
+        """The two forms that TOML knows."""
+        name = {"type": "string", "minLength": 1}
+        table = {"type": "object", "properties": {"name": name}, "required": ["name"]}
+        return {"title": "Named", "description": cls.__doc__, "anyOf": [name, table]}
 
 
 class ExperimentSection(Section):
@@ -144,9 +141,9 @@ class ExperimentSection(Section):
 class DataConfig(Section):
     """`[data]`: the examples and which client has which."""
 
-    dataset: Component
+    dataset: Named
     """Dataset by name."""
-    partition: Component = Named(name="iid")
+    partition: Named = Named(name="iid")
     """How examples are dealt to clients, by name."""
     clients: int | None = Field(default=None, ge=1, le=10**7)
     """Number of clients; none: the partition's own (natural ids)."""
@@ -161,7 +158,7 @@ class DataConfig(Section):
     central_test_fraction: Share = 0.15
     """Share of all examples kept for the central test set where the dataset brings none."""
     min_examples: int = Field(default=2, ge=1, le=10**9)
-    """Clients with fewer examples than this are left out."""
+    """Fewest examples a client may have; natural clients with fewer are left out."""
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     """Seed of split and partition; none: the run's seed, so that every run has its own."""
 
@@ -258,7 +255,7 @@ class JournalConfig(Section):
 class ClockConfig(Section):
     """`[clock]`: simulated time."""
 
-    device: Component = Named(name="workstation")
+    device: Named = Named(name="workstation")
     """Profile of the clients' devices, by name."""
 
 
@@ -341,7 +338,7 @@ class Experiment(Section):
 
     experiment: ExperimentSection
     data: DataConfig
-    model: Component
+    model: Named
     """Model by name."""
     cohort: CohortConfig = CohortConfig()
     train: TrainConfig = TrainConfig()
