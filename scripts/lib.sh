@@ -29,7 +29,9 @@ find_python() {
         # A Python that was asked for by name is taken or refused, never replaced.
         [[ -z ${FEDSIM_PYTHON:-} ]] || break
     done
-    die "fedsim needs Python 3.11 or newer; ${FEDSIM_PYTHON:-python3} is $("${FEDSIM_PYTHON:-python3}" --version 2>&1 | tail -n 1)." \
+    python=${FEDSIM_PYTHON:-python3}
+    die "fedsim needs Python 3.11 or newer; $python is" \
+        "$(if command -v "$python" >/dev/null; then "$python" --version 2>&1; else echo "not there"; fi)." \
         "Install one, or name it: FEDSIM_PYTHON=/path/to/python3.11 $0"
 }
 
@@ -66,15 +68,16 @@ install() {
     say "installing fedsim[$extras] into $VENV (some minutes the first time)"
     local pip=("$VENV/bin/python" -m pip install -qq --no-input -c "$ROOT/constraints.txt")
     # The build tools are pinned like the rest, hence no isolated build with whatever is newest.
-    touch "$VENV/.installing" &&
-        "${pip[@]}" hatchling editables &&
-        "${pip[@]}" --no-build-isolation -e "${ROOT}[$extras]" &&
-        fingerprint "$extras" >"$stamp" &&
-        rm "$VENV/.installing"
+    touch "$VENV/.installing"
+    if ! { "${pip[@]}" hatchling editables && "${pip[@]}" --no-build-isolation -e "${ROOT}[$extras]"; }; then
+        die "pip could not install fedsim[$extras]; the lines above say why"
+    fi
+    fingerprint "$extras" >"$stamp"
+    rm "$VENV/.installing"
 }
 
 # ensure_venv EXTRAS: the virtual environment with fedsim and these extras, as constraints.txt pins them.
 ensure_venv() {
     mkdir -p "$(dirname "$VENV")"
-    (install "$1") 9>"$VENV.lock" || die "$VENV could not be made; the lines above say why"
+    (install "$1") 9>"$VENV.lock" || exit 1
 }
