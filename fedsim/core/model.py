@@ -18,8 +18,18 @@ Loss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 def trainable_names(module: nn.Module) -> frozenset[str]:
-    """Names of the parameters with `requires_grad`."""
+    """Names of the parameters with `requires_grad`, shared ones once."""
     return frozenset(n for n, p in module.named_parameters() if p.requires_grad)
+
+
+def travelling(module: nn.Module) -> dict[str, Tensor]:
+    """The entries of a module's state that a client's work can change: no frozen parameters.
+
+    A shared (tied) parameter is listed once, under its first name.
+    """
+    trainable = trainable_names(module)
+    parameters = {n for n, _ in module.named_parameters(remove_duplicate=False)}
+    return {n: t for n, t in module.state_dict().items() if n in trainable or n not in parameters}
 
 
 def is_stochastic(module: nn.Module) -> bool:
@@ -71,7 +81,8 @@ class FlatModel:
     """One resident module, evaluated at flat vectors.
 
     The vector holds the trainable parameters first and the floating-point buffers behind them;
-    buffers (BatchNorm statistics) are updated in place, in the vector, during training.
+    buffers (BatchNorm statistics) are updated in place, in the vector, during training. Frozen
+    parameters stay in the module and never travel.
     Not thread-safe: each worker thread has its own.
 
     Args:
@@ -82,7 +93,7 @@ class FlatModel:
     def __init__(self, module: nn.Module, criterion: Criterion) -> None:
         self.module = module
         self.criterion = criterion
-        state = module.state_dict()
+        state = travelling(module)
         self.layout = Layout.of(state, trainable_names(module))
         self.info = ModelInfo.of(module, self.layout)
         self.stochastic = is_stochastic(module)
