@@ -122,7 +122,11 @@ class Federation:
         ]
         self.judges = [node_of(c) for c, n in enumerate(env.data.test.lengths.tolist()) if n > 0]
         self.setting = Setting(
-            env.model.info, env.data.num_clients, seed, experiment.experiment.rounds
+            env.model.info,
+            env.data.num_clients,
+            seed,
+            experiment.experiment.rounds,
+            self.loss_of,
         )
         strategy.setup(self.setting)
 
@@ -293,15 +297,25 @@ class Federation:
             return {}
         sums, total = torch.zeros(3, dtype=torch.float64), 0.0
         for served in models.values():
-            record = as_flat(served.arrays, self.env.model.layout)
-            measured = self.env.model.measure(
-                record, self.env.data.fields, index, self.env.batch_size
-            )
             weight = float(1 if served.clients is None else len(served.clients))
-            sums += measured.double().sum(1) * weight
+            sums += self._measure(served.arrays, index) * weight
             total += weight
         loss, right, count = (sums / total).tolist()
         return self._named(loss / count, right / count)
+
+    def _measure(self, arrays: ArrayRecord, index: torch.Tensor) -> torch.Tensor:
+        """Sums over these examples of loss, right predictions and positions; float64 [3]."""
+        record, env = as_flat(arrays, self.env.model.layout), self.env
+        return env.model.measure(record, env.data.fields, index, env.batch_size).double().sum(1)
+
+    def loss_of(self, arrays: ArrayRecord, node: int | None = None) -> float:
+        """Mean loss on the central test set, or on the node's data (see `Setting.evaluate`)."""
+        data, rows = self.env.data, np.asarray(self.env.data.central_test)
+        if node is not None:
+            own = data.test[client_at(node)]
+            rows = own if len(own) else data.train[client_at(node)]
+        loss, _, count = self._measure(arrays, torch.from_numpy(rows)).tolist()
+        return loss / max(count, 1.0)
 
     def _named(self, loss: float, accuracy: float) -> Row:
         kind = self.env.data.criterion

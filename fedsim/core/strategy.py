@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +16,8 @@ from fedsim.core.model import ModelInfo
 
 Aggregate = tuple["ArrayRecord | None", "MetricRecord | None"]
 Exchange = Generator[list[Message], Iterable[Message], Aggregate]
+Evaluate = Callable[[ArrayRecord, "int | None"], float]
+"""Mean loss of a model: on the central test set (None), or on the data of one node."""
 
 
 def route(client: str) -> str:
@@ -45,12 +47,15 @@ class Setting:
         num_clients: size of the population.
         seed: seed of the run.
         rounds: number of rounds planned.
+        evaluate: for diagnostics, where the server can evaluate models; on a node's data it uses
+            the held-out examples, or the training examples where there are none.
     """
 
     info: ModelInfo
     num_clients: int
     seed: int
     rounds: int
+    evaluate: Evaluate | None = None
 
 
 class Strategy(FlowerStrategy):
