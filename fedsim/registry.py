@@ -24,6 +24,7 @@ STRATEGIES = {
     "fedprox": "strategies.fedprox:FedProx",
     "scaffold": "strategies.scaffold:Scaffold",
     "fedld": "strategies.fedld:FedLD",
+    "fedld_official": "strategies.fedld:FedLDOfficial",
     "fedavgm": "strategies.flower:FedAvgM",
     "fedadam": "strategies.flower:FedAdam",
     "fedyogi": "strategies.flower:FedYogi",
