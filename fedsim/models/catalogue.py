@@ -1,0 +1,11 @@
+"""Names of what this room offers, as ``"module:attribute"``. Importing it costs nothing."""
+
+from __future__ import annotations
+
+MODELS = {
+    "logistic": "fedsim.models.vision:logistic",
+    "mlp": "fedsim.models.vision:mlp",
+    "cnn": "fedsim.models.vision:cnn",
+    "char_lstm": "fedsim.models.text:char_lstm",
+    "char_gpt": "fedsim.models.text:char_gpt",
+}
