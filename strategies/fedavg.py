@@ -8,7 +8,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from fedsim.core.averaging import mean_of, server_step
-from fedsim.core.errors import ConfigError
+from fedsim.core.errors import require
 from fedsim.core.strategy import Aggregate, Strategy
 
 
@@ -34,8 +34,7 @@ class FedAvg(Strategy):
     client = "fedavg"
 
     def __init__(self, server_lr: float = 1.0, weighted: bool = True) -> None:
-        if not server_lr > 0:
-            raise ConfigError(f"server_lr = {server_lr} must be above 0")
+        require(server_lr > 0, "server_lr", server_lr, "above 0")
         self.server_lr = server_lr
         self.weighted = weighted
         self.arrays: ArrayRecord | None = None

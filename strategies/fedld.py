@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedsim.core.averaging import Mean, MetricMean, metrics_of
 from fedsim.core.diagnostics import Geometry, decompose
-from fedsim.core.errors import ConfigError
+from fedsim.core.errors import ConfigError, require
 from fedsim.core.principal import (
     Renorm,
     coefficients,
@@ -93,20 +93,20 @@ class FedLD(FedAvg):
         diagnostics: bool = False,
     ) -> None:
         super().__init__(server_lr, weighted=False)
-        for name, value, holds, allowed in (
-            ("rho", rho, 0 < rho <= 1, "above 0 and at most 1"),
-            ("margin_lambda", margin_lambda, margin_lambda >= 0, "0 or above"),
-            ("r_max", r_max, r_max is None or r_max >= 1, "1 or above"),
-            ("warmup_rounds", warmup_rounds, warmup_rounds >= 0, "0 or above"),
-            _choice("margin_form", margin_form, Form),
-            _choice("renorm", renorm, Renorm),
-            _choice("buffers", buffers, Buffers),
-            _choice("bn_mode", bn_mode, BatchNorm),
-            _choice("first_round", first_round, First),
-            _choice("warmup", warmup, Warmup),
+        require(0 < rho <= 1, "rho", rho, "above 0 and at most 1")
+        require(margin_lambda >= 0, "margin_lambda", margin_lambda, "0 or above")
+        require(r_max is None or r_max >= 1, "r_max", r_max, "1 or above")
+        require(warmup_rounds >= 0, "warmup_rounds", warmup_rounds, "0 or above")
+        for name, value, literal in (
+            ("margin_form", margin_form, Form),
+            ("renorm", renorm, Renorm),
+            ("buffers", buffers, Buffers),
+            ("bn_mode", bn_mode, BatchNorm),
+            ("first_round", first_round, First),
+            ("warmup", warmup, Warmup),
         ):
-            if not holds:
-                raise ConfigError(f"{name} = {value} must be {allowed}")
+            allowed = get_args(literal)
+            require(value in allowed, name, value, f"one of {', '.join(allowed)}")
         self.rho, self.r_max, self.renorm = rho, r_max, renorm
         self.margin_lambda, self.margin_form = float(margin_lambda), margin_form
         self.buffers, self.bn_mode, self.first_round = buffers, bn_mode, first_round
@@ -224,8 +224,3 @@ class FedLDOfficial(FedLD):
         official = {"buffers": "principal", "bn_mode": "frozen"}
         warmup = {"warmup_rounds": 5, "warmup": "official"}
         super().__init__(margin_lambda=margin_lambda, **{**official, **warmup, **options})
-
-
-def _choice(name: str, value: str, literal: Any) -> tuple[str, str, bool, str]:
-    allowed = get_args(literal)
-    return name, value, value in allowed, f"one of {', '.join(allowed)}"

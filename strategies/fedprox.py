@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedsim.core.errors import ConfigError
+from fedsim.core.errors import require
 from strategies.fedavg import FedAvg
 
 
@@ -28,8 +28,7 @@ class FedProx(FedAvg):
 
     def __init__(self, mu: float = 0.01, server_lr: float = 1.0, weighted: bool = True) -> None:
         super().__init__(server_lr, weighted)
-        if not mu >= 0:
-            raise ConfigError(f"mu = {mu} must be 0 or above")
+        require(mu >= 0, "mu", mu, "0 or above")
         self.mu = float(mu)
 
     def client_config(self) -> dict[str, Any]:

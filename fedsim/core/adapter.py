@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedsim.core.averaging import Mean, examples_of, metrics_of
-from fedsim.core.records import FlatRecord, Layout, as_flat, from_record
-from fedsim.core.strategy import Aggregate, Setting, Strategy, route
+from fedsim.core.records import Layout, as_flat, from_record
+from fedsim.core.strategy import Aggregate, Setting, Strategy
+
+_MINIMA = ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
 
 
 class Adapted(Strategy):
@@ -21,8 +25,9 @@ class Adapted(Strategy):
 
     Flower's strategies treat every array as a float to be averaged or optimised. Here they see
     the trainable parameters only; buffers (BatchNorm statistics and counters) are averaged or,
-    if integer, take the maximum over clients. Their own sampling is switched off: the runner's
-    grid shows them the cohort.
+    if integer, take the maximum over clients. Results are cast back to the model's dtypes. Their
+    own sampling is switched off: the runner's grid shows them the cohort. Their log is kept to
+    warnings.
 
     Args:
         inner: the Flower strategy.
@@ -32,9 +37,10 @@ class Adapted(Strategy):
     def __init__(self, inner: FlowerStrategy, client: str) -> None:
         self.inner = inner
         self.client = client  # type: ignore[misc]
-        for name in ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"):
+        everybody = {"fraction_train": 1.0, "fraction_evaluate": 1.0}
+        for name, value in {**everybody, **dict.fromkeys(_MINIMA, 1)}.items():
             if hasattr(inner, name):
-                setattr(inner, name, 1)
+                setattr(inner, name, value)
         self._layout: Layout | None = None
 
     def setup(self, setting: Setting) -> None:
@@ -43,10 +49,9 @@ class Adapted(Strategy):
         self._layout = setting.info.layout
 
     def _parameters(self, record: ArrayRecord) -> ArrayRecord:
-        layout = self._of(record)
-        state = from_record(record)
-        arrays = {n: Array(state[n].numpy()) for n in layout.names if n in set(layout.trainable)}
-        return ArrayRecord(arrays)
+        """Copies of the trainable entries, in the order of the wire."""
+        names = frozenset(self._of(record).trainable)
+        return ArrayRecord({n: Array(a.numpy()) for n, a in record.items() if n in names})
 
     def _of(self, record: ArrayRecord) -> Layout:
         if self._layout is None:
@@ -57,51 +62,53 @@ class Adapted(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """What the inner strategy sends, with the whole model and this package's route."""
-        inner = self.inner.configure_train(
-            server_round, self._parameters(arrays), ConfigRecord(dict(config)), grid
-        )
-        messages = []
-        for message in inner:
-            told = next(iter(message.content.config_records.values()), ConfigRecord())
-            content = RecordDict({"arrays": arrays, "config": told})
-            messages.append(
-                Message(
-                    content,
-                    dst_node_id=message.metadata.dst_node_id,
-                    message_type=f"train.{route(self.client)}",
-                )
+        if not list(grid.get_node_ids()):
+            return []  # Flower's strategies would wait for a node for ever
+        with _quiet():
+            inner = self.inner.configure_train(
+                server_round, self._parameters(arrays), ConfigRecord(dict(config)), grid
             )
+        messages = []
+        for message in sorted(inner, key=lambda m: m.metadata.dst_node_id):
+            told = next(iter(message.content.config_records.values()), ConfigRecord())
+            content = {"arrays": arrays}
+            messages.append(self.message("train", content, told, message.metadata.dst_node_id))
         return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
         """What the inner strategy makes of the parameters; buffers are averaged beside it."""
-        buffers, shown, whole = Mean(), [], cast("FlatRecord | None", None)
+        buffers, shown, metrics = Mean(), list[Message](), list[MetricRecord]()
         for reply in replies:
             record = reply.content.array_records["arrays"]
-            whole = as_flat(record, self._of(record))
-            buffers.add(whole, examples_of(reply.content))
-            content = RecordDict(
-                {"arrays": self._parameters(whole), "metrics": metrics_of(reply.content)}
-            )
-            reply.content = content
+            buffers.add(as_flat(record, self._of(record)), examples_of(reply.content))
+            metrics.append(metrics_of(reply.content))
+            reply.content = RecordDict({"arrays": self._parameters(record)})
             shown.append(reply)
-        arrays, metrics = self.inner.aggregate_train(server_round, shown)
+        # Flower ends the run if one client reports a metric that another does not.
+        common = [
+            name
+            for name in (metrics[0] if metrics else ())
+            if all(isinstance(m.get(name), (int, float)) for m in metrics)
+        ]
+        for reply, own in zip(shown, metrics, strict=True):
+            reply.content["metrics"] = MetricRecord({n: own[n] for n in common})
+        with _quiet():
+            arrays, aggregated = self.inner.aggregate_train(server_round, shown)
         mean = buffers.record()
         if arrays is None or mean is None:
-            return None, metrics
-        state = mean.state() | from_record(arrays)
-        flat = mean.layout.flatten(state)
-        return mean.with_flat(flat), metrics
+            return None, aggregated
+        return mean.with_flat(mean.layout.flatten(mean.state() | from_record(arrays))), aggregated
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner strategy's own, or its attributes that hold arrays."""
+        """The inner strategy's own, or its attributes that are numbers or hold arrays."""
         own = getattr(self.inner, "state_dict", None)
         if own is not None:
             return cast("dict[str, Any]", own())
-        return {k: _pack(v) for k, v in sorted(vars(self.inner).items()) if _holds_arrays(v)}
+        packed = {name: _pack(value) for name, value in sorted(vars(self.inner).items())}
+        return {name: value for name, value in packed.items() if value is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put the arrays back."""
+        """Put them back."""
         own = getattr(self.inner, "load_state_dict", None)
         if own is not None:
             own(state)
@@ -110,28 +117,46 @@ class Adapted(Strategy):
             setattr(self.inner, name, _unpack(value))
 
 
-def _holds_arrays(value: object) -> bool:
-    if isinstance(value, dict):
-        return bool(value) and all(isinstance(v, np.ndarray) for v in value.values())
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(v, np.ndarray) for v in value)
-    return isinstance(value, np.ndarray)
+_RECORD = "$record"
 
 
 def _pack(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _pack(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_pack(v) for v in value]
-    return torch.from_numpy(np.ascontiguousarray(value))
+    """A value with its arrays as tensors; None if it is neither a number nor made of arrays."""
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, ArrayRecord):
+        return {_RECORD: from_record(value)}
+    if isinstance(value, (dict, list)) and value:
+        items = dict(value.items() if isinstance(value, dict) else enumerate(value))
+        if all(isinstance(v, np.ndarray) for v in items.values()):
+            packed = {k: _pack(v) for k, v in items.items()}
+            return packed if isinstance(value, dict) else list(packed.values())
+    return None
 
 
 def _unpack(value: Any) -> Any:
+    """The inverse of `_pack`."""
+    if isinstance(value, dict) and set(value) == {_RECORD}:
+        return ArrayRecord({k: Array(v.numpy()) for k, v in value[_RECORD].items()})
     if isinstance(value, dict):
         return {k: _unpack(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_unpack(v) for v in value]
-    return value.numpy()
+    return value.numpy() if isinstance(value, torch.Tensor) else value
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Flower's log to warnings: its strategies report every call."""
+    log = logging.getLogger("flwr")
+    before = log.level
+    log.setLevel(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def adapt(strategy: FlowerStrategy, client: str) -> Strategy:

@@ -47,6 +47,16 @@ class ConfigError(FedsimError):
         super().__init__(message or "\n".join(map(str, self.faults)))
 
 
+def require(holds: bool, name: str, value: object, allowed: str) -> None:
+    """Check an argument.
+
+    Raises:
+        ConfigError: "`name` = `value` must be `allowed`", unless it `holds`.
+    """
+    if not holds:
+        raise ConfigError(f"{name} = {value} must be {allowed}")
+
+
 class DataError(FedsimError):
     """A dataset or partition cannot be had: missing package, missing file, impossible split."""
 
