@@ -29,6 +29,7 @@ Form = Literal["prob", "logit"]
 Buffers = Literal["mean", "principal", "skip"]
 BatchNorm = Literal["train", "frozen"]
 First = Literal["mean", "principal"]
+Aggregation = Literal["principal", "mean"]
 Warmup = Literal["ramp", "official"]
 
 __all__ = ["FedLD", "FedLDOfficial", "decompose", "principal_aggregate"]
@@ -70,6 +71,8 @@ class FedLD(FedAvg):
         diagnostics: add columns to the rounds table: `fedld_norm_ratio` (length of the aggregate
             over that of the mean), `fedld_cosine` (between the two), `fedld_top_energy` (share of
             the first directions in all), and `fedld_*_loss`, the terms of `decompose`.
+        aggregation: ``"mean"`` takes the plain mean throughout, so that margin control can be
+            studied by itself.
 
     Raises:
         ConfigError: a parameter is out of its range.
@@ -91,6 +94,7 @@ class FedLD(FedAvg):
         warmup_rounds: int = 0,
         warmup: Warmup = "ramp",
         diagnostics: bool = False,
+        aggregation: Aggregation = "principal",
     ) -> None:
         super().__init__(server_lr, weighted=False)
         require(0 < rho <= 1, "rho", rho, "above 0 and at most 1")
@@ -104,6 +108,7 @@ class FedLD(FedAvg):
             ("bn_mode", bn_mode, BatchNorm),
             ("first_round", first_round, First),
             ("warmup", warmup, Warmup),
+            ("aggregation", aggregation, Aggregation),
         ):
             allowed = get_args(literal)
             require(value in allowed, name, value, f"one of {', '.join(allowed)}")
@@ -111,7 +116,7 @@ class FedLD(FedAvg):
         self.margin_lambda, self.margin_form = float(margin_lambda), margin_form
         self.buffers, self.bn_mode, self.first_round = buffers, bn_mode, first_round
         self.warmup_rounds, self.warmup = warmup_rounds, warmup
-        self.diagnostics = diagnostics
+        self.diagnostics, self.aggregation = diagnostics, aggregation
         self.seen: set[str] = set()
 
     def client_config(self) -> dict[str, Any]:
@@ -180,7 +185,9 @@ class FedLD(FedAvg):
         self, name: str, mean: Tensor, rows: list[Tensor], geometry: Geometry | None
     ) -> Tensor:
         """The aggregate of one entry of the model."""
-        principal = name in self.seen or self.first_round == "principal"
+        principal = self.aggregation == "principal" and (
+            name in self.seen or self.first_round == "principal"
+        )
         if not principal and bool(mean.any()):
             self.seen.add(name)
         if not (principal or geometry):
