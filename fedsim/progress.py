@@ -1,0 +1,239 @@
+"""Shows events while runs go on: a live display, plain lines, or one JSON object per line."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedsim.core.events import Event, Notice, RoundFinished, RunFinished, RunStarted
+from fedsim.core.text import tame
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+Mode = Literal["live", "plain", "json", "quiet"]
+OnEvent = Callable[[Event], None]
+_SHOWN = ("accuracy", "perplexity", "loss", "client_accuracy", "client_loss")
+_LINES = 10
+"""Plain lines per run, about."""
+
+
+def mode(as_json: bool, quiet: bool) -> Mode:
+    """How to show events: live when standard output is a terminal."""
+    if as_json:
+        return "json"
+    if quiet:
+        return "quiet"
+    return "live" if sys.stdout.isatty() else "plain"
+
+
+@contextmanager
+def showing(how: Mode) -> Iterator[OnEvent]:
+    """Open the display; what it gives is called with every event, in the order they happen."""
+    if how == "live":
+        with _progress() as bars:
+            yield _Live(bars)
+    elif how == "plain":
+        yield _Plain()
+    else:
+        yield _print_json if how == "json" else _ignore
+
+
+@dataclass
+class Tally:
+    """What a run has done since it was started or resumed.
+
+    Attributes:
+        started: its first event.
+        metric: the last value of the metric that is shown, as text; empty before there is one.
+        clients: clients admitted.
+        bytes: bytes both ways.
+        seconds: measured seconds of its rounds.
+        done: rounds finished since then.
+    """
+
+    started: RunStarted
+    metric: str = ""
+    clients: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    done: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    def add(self, event: RoundFinished) -> None:
+        """Count a round."""
+        self.clients += event.clients
+        self.bytes += event.bytes_up + event.bytes_down
+        self.seconds += event.wall_seconds
+        self.done += 1
+        self.metric = metric_text(event.metrics) or self.metric
+
+    @property
+    def speed(self) -> str:
+        """Clients per measured second."""
+        return f"{self.clients / self.seconds:.1f} clients/s" if self.seconds > 0 else ""
+
+    def left(self, rounds: int) -> str:
+        """Estimated time for so many more rounds."""
+        return f"{duration(rounds * self.seconds / self.done)} left" if self.done else ""
+
+
+def metric_text(metrics: dict[str, float]) -> str:
+    """The first metric that a reader looks for, as ``accuracy 0.8123``; empty if none is there."""
+    name = next((n for n in _SHOWN if n in metrics and not math.isnan(metrics[n])), None)
+    return f"{name} {metrics[name]:.4g}" if name else ""
+
+
+def size(count: float) -> str:
+    """Bytes as a reader wants them: ``12.3 MB`` (1 MB = 10^6 bytes)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a reader wants them: ``4.2 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _ignore(event: Event) -> None:
+    """Show nothing."""
+
+
+def _print_json(event: Event) -> None:
+    content = {"event": type(event).__name__, **asdict(event)}
+    print(to_json(content), flush=True)
+
+
+def to_json(content: Any) -> str:
+    """One line of JSON; what JSON cannot hold (NaN, infinities) becomes null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(content), allow_nan=False, default=str)
+
+
+class _Plain:
+    """Some lines a run, for logs and pipes."""
+
+    def __init__(self) -> None:
+        self._runs: dict[str, Tally] = {}
+
+    def __call__(self, event: Event) -> None:
+        line = self._line(event)
+        if line:
+            print(line, flush=True)
+
+    def _line(self, event: Event) -> str:
+        match event:
+            case RunStarted():
+                self._runs[event.run] = Tally(event)
+                return f"{_title(event)}: {event.rounds} rounds"
+            case RoundFinished():
+                tally = self._runs[event.run]
+                tally.add(event)
+                if event.round % max(1, event.rounds // _LINES) and event.round != event.rounds:
+                    return ""
+                left = tally.left(event.rounds - event.round)
+                return _joined(
+                    f"{event.run}: round {event.round}/{event.rounds}",
+                    *(tally.metric, tally.speed, size(tally.bytes), left),
+                )
+            case RunFinished():
+                return _summary(event, self._runs.get(event.run))
+            case Notice():
+                return f"{event.run}: {tame(event.text)}" if event.run else tame(event.text)
+
+
+class _Live:
+    """A bar for the run, one for the comparison, and a line for every run that ended."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tally: Tally | None = None
+        self._run = bars.add_task("", visible=False, facts="")
+        self._all = bars.add_task("all runs", visible=False, facts="")
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                self._tally = Tally(event)
+                title = _title(event, number=False)
+                self._bars.reset(self._run, total=event.rounds, description=title, facts="")
+                self._bars.update(self._run, visible=True)
+                self._bars.update(
+                    self._all,
+                    visible=event.total > 1,
+                    total=event.total * event.rounds,
+                    completed=(event.index - 1) * event.rounds,
+                    facts=f"run {event.index}/{event.total}",
+                )
+            case RoundFinished() if self._tally:
+                tally = self._tally
+                tally.add(event)
+                facts = _joined(tally.metric, tally.speed, size(tally.bytes))
+                self._bars.update(self._run, completed=event.round, facts=facts)
+                before = (tally.started.index - 1) * event.rounds
+                self._bars.update(self._all, completed=before + event.round)
+            case RunFinished():
+                self._say(_summary(event, self._tally))
+            case Notice():
+                text = tame(event.text)
+                self._say(f"{event.run}: {text}" if event.run else text)
+
+    def _say(self, text: str) -> None:
+        self._bars.console.print(text, markup=False, highlight=False)
+
+
+def _progress() -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}", markup=False),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        transient=True,
+    )
+
+
+def _title(event: RunStarted, number: bool = True) -> str:
+    numbered = f"[{event.index}/{event.total}] " if number and event.total > 1 else ""
+    return f"{numbered}{event.label} seed {event.seed}"
+
+
+def _summary(event: RunFinished, tally: Tally | None) -> str:
+    if tally is None:
+        return _joined(f"{event.run}: finished", metric_text(event.metrics))
+    took = duration(time.monotonic() - tally.since)
+    metric = metric_text(event.metrics) or tally.metric
+    return _joined(f"{event.run}: finished", metric, size(tally.bytes), took)
+
+
+def _joined(*parts: str) -> str:
+    return "  ".join(part for part in parts if part)
