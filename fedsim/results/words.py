@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 from fedsim.results.statistics import Interval
@@ -23,6 +24,11 @@ _NAMES = {
 def name(column: str) -> str:
     """A column's name in words."""
     return _NAMES.get(column, column.replace("_", " "))
+
+
+def slug(column: str) -> str:
+    """A column's name as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", column.lower()).strip("-")
 
 
 def decimals(intervals: Iterable[Interval | None]) -> int:
