@@ -144,7 +144,7 @@ class Layout:
     def view(self, flat: Tensor, name: str) -> Tensor:
         """The entry as a view of `flat`; leading axes of `flat` stay in front."""
         offset, length, shape = self._spans[name]
-        return flat.narrow(-1, offset, length).view(*flat.shape[:-1], *shape)
+        return flat.narrow(-1, offset, length).view((*flat.shape[:-1], *shape))
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """All entries of the vector as views, in vector order."""
