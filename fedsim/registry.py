@@ -60,7 +60,10 @@ GIVEN = {
     "models": frozenset({"data", "input_shape", "num_outputs", "seed"}),
 }
 """Parameters that the framework gives a component, so that an experiment cannot."""
-NEEDY = frozenset({"huggingface", "npz", "plays"})
+NEEDY = frozenset(
+    {"huggingface", "npz", "plays"}
+    | {"dirichlet", "inner_dirichlet", "size", "grouped_natural", "vertical_size"}
+)
 """Built-in components that cannot be made without parameters."""
 _EXTRAS = {
     "mlxtend": "data",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, get_type_hints
@@ -66,12 +67,14 @@ def _hints(component: Callable[..., Any]) -> dict[str, Any]:
 def _mistyped(value: Any, hint: Any) -> str:
     from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-    try:
-        TypeAdapter(hint).validate_python(value, strict=True)
+    try:  # JSON's strictness: an array will do for a tuple, "1" will not do for a number
+        TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         return "; or ".join(dict.fromkeys(e["msg"] for e in error.errors())).lower()
     except PydanticSchemaGenerationError:
         return ""  # a user's own class: nothing to check
+    except (TypeError, ValueError):
+        return "it must be a plain value"
     return ""
 
 

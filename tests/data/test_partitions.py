@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
-from hypothesis import assume, given, reject, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from fedsim.core.errors import ConfigError, DataError
@@ -14,11 +12,9 @@ from fedsim.core.rng import SERVER, stream
 from fedsim.data.arguments import call
 from fedsim.data.catalogue import PARTITIONERS
 from fedsim.data.federated import Ragged
-from fedsim.data.partitions import Partition
 from fedsim.data.raw import RawData
 from fedsim.registry import resolve
 
-HAM10K = {"akiec": 327, "bcc": 514, "bkl": 1099, "df": 115, "mel": 1113, "nv": 6705, "vasc": 142}
 PARAMS = {
     "dirichlet": {"alpha": 0.5},
     "inner_dirichlet": {"alpha": 0.5},
@@ -32,45 +28,18 @@ COMPLETE = {
 }  # fmt: skip
 
 
-def dataset(examples: int = 200, classes: int = 4, seed: int = 0, users: int = 6) -> RawData:
-    draw = np.random.default_rng(seed)
-    y = np.concatenate([np.arange(classes), draw.integers(classes, size=examples - classes)])
-    return RawData(
-        "toy",
-        {"x": draw.random((examples, 1, 4, 4), dtype=np.float32), "y": draw.permutation(y)},
-        "cross_entropy",
-        classes,
-        clients=draw.integers(users, size=examples),
-        client_names=tuple(f"user{u}" for u in range(users)),
-    )
-
-
-def deal(name, raw, clients, seed=0, indices=None, min_examples=1, **params) -> Partition:
-    found = call(
-        resolve("partitioners", name),
-        "data.partition",
-        params,
-        raw=raw,
-        indices=np.arange(len(raw)) if indices is None else indices,
-        clients=clients,
-        seed=seed,
-        min_examples=min_examples,
-    )
-    return found if isinstance(found, Partition) else Partition(found)
+def same(a: Ragged, b: Ragged) -> bool:
+    return np.array_equal(a.values, b.values) and np.array_equal(a.offsets, b.offsets)
 
 
 def clients_for(name: str, clients: int) -> int | None:
     return None if name in ("grouped_natural", "vertical_size", "size") else clients
 
 
-def same(a: Ragged, b: Ragged) -> bool:
-    return np.array_equal(a.values, b.values) and np.array_equal(a.offsets, b.offsets)
-
-
 @pytest.mark.parametrize("name", sorted(set(PARTITIONERS) - {"vertical_even", "vertical_size"}))
 @settings(max_examples=12)
 @given(data=st.data())
-def test_examples_go_to_one_client_each(name, data):
+def test_examples_go_to_one_client_each(dataset, deal, name, data):
     raw = dataset(
         data.draw(st.integers(40, 150), "examples"),
         data.draw(st.integers(2, 4), "classes"),
@@ -101,13 +70,13 @@ def test_examples_go_to_one_client_each(name, data):
 
 
 @pytest.mark.parametrize("name", ["iid", "dirichlet", "shard", "two_labels", "linear"])
-def test_seed_matters(name):
+def test_seed_matters(dataset, deal, name):
     raw = dataset()
     one, two = (deal(name, raw, 5, seed, **PARAMS.get(name, {})).clients for seed in (1, 2))
     assert not same(one, two)
 
 
-def test_sizes_are_as_asked():
+def test_sizes_are_as_asked(dataset, deal):
     raw = dataset(200)
     assert deal("iid", raw, 7).clients.lengths.tolist() == [29] * 4 + [28] * 3
     sizes = [3, 50, 1]
@@ -125,7 +94,7 @@ def test_sizes_are_as_asked():
 
 @settings(max_examples=20)
 @given(seed=st.integers(0, 2**32), clients=st.integers(1, 100))
-def test_iid_is_flowers_on_a_shuffled_dataset(seed, clients):
+def test_iid_is_flowers_on_a_shuffled_dataset(dataset, deal, seed, clients):
     from datasets import Dataset
     from flwr_datasets.partitioner import IidPartitioner
 
@@ -138,7 +107,7 @@ def test_iid_is_flowers_on_a_shuffled_dataset(seed, clients):
         assert theirs.load_partition(i)["index"][:] == ours[i].tolist()
 
 
-def test_natural_is_flowers():
+def test_natural_is_flowers(dataset, deal):
     from datasets import Dataset
     from flwr_datasets.partitioner import NaturalIdPartitioner
 
@@ -153,7 +122,7 @@ def test_natural_is_flowers():
         assert theirs.partition_id_to_natural_id[i] == ours.names[i]
 
 
-def test_natural_leaves_out_small_clients_and_draws_as_many_as_asked():
+def test_natural_leaves_out_small_clients_and_draws_as_many_as_asked(dataset, deal):
     raw = dataset(60, users=12)
     counts = np.bincount(raw.clients)
     big = deal("natural", raw, None, min_examples=5)
@@ -165,7 +134,7 @@ def test_natural_leaves_out_small_clients_and_draws_as_many_as_asked():
         assert (raw.clients[part] == int(name.removeprefix("user"))).all()
 
 
-def test_groups_of_natural_ids():
+def test_groups_of_natural_ids(dataset, deal):
     raw = dataset(100, users=5)
     found = deal("grouped_natural", raw, None, group_size=2)
     assert [len(np.unique(raw.clients[found.clients[i]])) for i in range(3)] == [2, 2, 1]
@@ -179,7 +148,7 @@ def test_groups_of_natural_ids():
     seed=st.integers(0, 1000),
     balanced=st.booleans(),
 )
-def test_dirichlet_gives_every_client_its_least(alpha, least, seed, balanced):
+def test_dirichlet_gives_every_client_its_least(dataset, deal, alpha, least, seed, balanced):
     raw = dataset(200)
     lengths = deal(
         "dirichlet", raw, 8, seed, alpha=alpha, min_partition_size=least, self_balancing=balanced
@@ -189,13 +158,13 @@ def test_dirichlet_gives_every_client_its_least(alpha, least, seed, balanced):
 
 
 @pytest.mark.parametrize("least", [2, 10])
-def test_dirichlet_of_fifty_clients_and_5000_examples_at_alpha_a_tenth(least):
+def test_dirichlet_of_fifty_clients_and_5000_examples_at_alpha_a_tenth(dataset, deal, least):
     raw = dataset(5000, 10)
     lengths = deal("dirichlet", raw, 50, alpha=0.1, min_partition_size=least).clients.lengths
     assert lengths.min() >= least
 
 
-def test_small_alpha_means_few_labels():
+def test_small_alpha_means_few_labels(dataset, deal):
     raw = dataset(2000, 10)
 
     def labels(alpha: float) -> float:
@@ -208,13 +177,13 @@ def test_small_alpha_means_few_labels():
 
 @settings(max_examples=10)
 @given(st.integers(1, 4), st.integers(0, 99))
-def test_pathological_gives_so_many_labels(per_client, seed):
+def test_pathological_gives_so_many_labels(dataset, deal, per_client, seed):
     raw = dataset(300, 4)
     parts = deal("pathological", raw, 6, seed, num_classes_per_partition=per_client).clients
     assert all(len(np.unique(raw.fields["y"][parts[i]])) == per_client for i in range(6))
 
 
-def test_shards_have_few_labels_and_one_size():
+def test_shards_have_few_labels_and_one_size(dataset, deal):
     raw = dataset(400, 4)
     parts = deal("shard", raw, 10, num_shards_per_partition=2).clients
     assert set(parts.lengths) == {40}
@@ -222,7 +191,7 @@ def test_shards_have_few_labels_and_one_size():
     assert set(deal("shard", raw, 10, shard_size=7).clients.lengths) == {35, 42}
 
 
-def test_continuous_sorts_when_strict():
+def test_continuous_sorts_when_strict(dataset, deal):
     raw = dataset(100)
     value = raw.fields["x"].mean((1, 2, 3))
     parts = deal("continuous", raw, 4, strictness=1.0).clients
@@ -230,7 +199,7 @@ def test_continuous_sorts_when_strict():
     assert tops == sorted(tops)
 
 
-def test_distribution_takes_a_matrix():
+def test_distribution_takes_a_matrix(dataset, deal):
     raw = dataset(400, 4)
     counts = [[5.0, 10.0], [7.0, 7.0], [1.0, 2.0], [3.0, 3.0]]
     parts = deal("distribution", raw, 4, distribution_array=counts, rescale=False).clients
@@ -238,96 +207,7 @@ def test_distribution_takes_a_matrix():
     assert all(len(np.unique(raw.fields["y"][parts[i]])) == 2 for i in range(4))
 
 
-@settings(max_examples=40)
-@given(seed=st.integers(0, 2**40))
-def test_two_labels_is_the_papers_split(seed):
-    labels = np.repeat(np.arange(7), list(HAM10K.values()))
-    raw = RawData("ham", {"x": np.zeros((len(labels), 1), np.float32), "y": labels},
-                  "cross_entropy", 7)  # fmt: skip
-    parts = deal("two_labels", raw, None, seed).clients
-    assert 30 <= len(parts) <= 36
-    assert set(parts.lengths) == {70}
-    assert len(np.unique(parts.values)) == len(parts.values)
-    table = np.stack([np.bincount(labels[parts[i]], minlength=7) for i in range(len(parts))])
-    assert (np.sort(table, 1)[:, -2:] == 35).all()
-    assert (table.sum(1) == 70).all()
-    assert ((table > 0).sum(0) <= [9, 14, 14, 3, 14, 14, 4]).all()
-    # Nothing more could have been dealt: at most one label has a package left.
-    left = np.minimum(list(HAM10K.values()), 500) - table.sum(0)
-    assert (left >= 35).sum() <= 1
-
-
-def test_two_labels_options():
-    raw = dataset(400, 4)
-    parts = deal("two_labels", raw, 3, package=10, labels=3, cap=50).clients
-    assert len(parts) == 3
-    assert all(len(np.unique(raw.fields["y"][parts[i]])) == 3 for i in range(3))
-    most = deal("two_labels", raw, None, package=10, cap=20).clients
-    assert len(most) <= 4
-
-
-@pytest.mark.parametrize("groups", [2, 3, 4])
-def test_planted_rotations(groups):
-    raw = dataset(240)
-    found = deal("planted", raw, 12, groups=groups)
-    assert np.bincount(found.groups).tolist() == [12 // groups] * groups
-    rows = np.concatenate([np.arange(7), found.clients.values])
-    owner = np.concatenate([np.full(7, -1), found.clients.owners])
-    before = {k: v[rows] for k, v in raw.fields.items()}
-    after = found.view(before, owner)
-    for row in range(len(rows)):
-        k = row % groups if owner[row] < 0 else found.groups[owner[row]]
-        assert after["group"][row] == k
-        pixels = before["x"][row, 0]
-        for _ in range(k):  # one quarter turn: the last column becomes the first row
-            pixels = np.array([[pixels[r, 3 - c] for r in range(4)] for c in range(4)])
-        assert np.array_equal(after["x"][row, 0], pixels)
-    assert np.array_equal(after["y"], before["y"])
-
-
-@settings(max_examples=20)
-@given(classes=st.integers(2, 6), groups=st.integers(2, 4), seed=st.integers(0, 999))
-def test_planted_label_permutations_are_different_bijections(classes, groups, seed):
-    assume(groups <= math.factorial(classes))
-    raw = dataset(200, classes)
-    found = deal("planted", raw, 2 * groups, seed, groups=groups, kind="labels")
-    rows, owner = found.clients.values, found.clients.owners
-    before = {k: v[rows] for k, v in raw.fields.items()}
-    after = found.view(before, owner)
-    assert np.array_equal(after["x"], before["x"])
-    tables = set()
-    for g in range(groups):
-        mine = found.groups[owner] == g
-        pairs = set(zip(before["y"][mine].tolist(), after["y"][mine].tolist(), strict=True))
-        assert len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(pairs)
-        tables.add(frozenset(pairs))
-    assert len(tables) == groups
-
-
-def test_planted_on_another_partition():
-    raw = dataset(300)
-    base = {"name": "dirichlet", "alpha": 0.5}
-    found = deal("planted", raw, 6, base=base, groups=3)
-    assert same(found.clients, deal("dirichlet", raw, 6, alpha=0.5).clients)
-
-
-@pytest.mark.parametrize(
-    ("name", "params"),
-    [("vertical_even", {}), ("vertical_size", {"partition_sizes": [0.5, 0.25, 0.25]}),
-     ("vertical_size", {"partition_sizes": [8, 4, 4]})],
-)  # fmt: skip
-def test_vertical_clients_share_examples_and_part_columns(name, params):
-    raw = dataset(40)
-    found = deal(name, raw, 3, **params)
-    assert all(np.array_equal(found.clients[i], np.arange(40)) for i in range(3))
-    ones = {"x": np.ones((4, 1, 4, 4), np.float32)}
-    seen = found.view(ones, np.array([-1, 0, 1, 2]))["x"]
-    assert (seen[0] == 1).all()
-    assert (seen[1:].sum(0) == 1).all()
-    assert [int(s) for s in seen[1:].sum((1, 2, 3))] == ([8, 4, 4] if params else [6, 5, 5])
-
-
-def test_partition_by_other_fields():
+def test_partition_by_other_fields(dataset, deal):
     raw = dataset(200)
     by_user = deal("pathological", raw, 6, num_classes_per_partition=1, partition_by="client")
     assert all(len(np.unique(raw.clients[by_user.clients[i]])) == 1 for i in range(6))
@@ -367,7 +247,9 @@ def test_partition_by_other_fields():
         ("vertical_size", None, {"partition_sizes": [3, 4]}, "partition_sizes = .* sum 16"),
     ],
 )  # fmt: skip
-def test_impossible_requests_name_parameter_value_and_what_is_allowed(name, clients, params, words):
+def test_refusals_name_parameter_value_and_what_is_allowed(
+    dataset, deal, name, clients, params, words
+):
     with pytest.raises(DataError, match=words) as raised:
         deal(name, dataset(200), clients, **params)
     assert "\n" not in str(raised.value)
@@ -381,7 +263,7 @@ def test_impossible_requests_name_parameter_value_and_what_is_allowed(name, clie
         ({"alpha": "x"}, "data.partition.alpha = \"x\": .*valid number"),
     ],
 )  # fmt: skip
-def test_wrong_parameters(params, words):
+def test_wrong_parameters(dataset, deal, params, words):
     with pytest.raises(ConfigError, match=words):
         deal("dirichlet", dataset(), 5, **params)
 
@@ -391,7 +273,7 @@ def test_what_the_framework_gives_cannot_be_set():
         call(resolve("datasets", "synthetic"), "data.dataset", {"seed": 3}, seed=0)
 
 
-def test_labels_without_natural_clients_or_classes():
+def test_labels_without_natural_clients_or_classes(dataset, deal):
     raw = dataset()
     bare = RawData(
         "bare", {"x": raw.fields["x"], "y": np.random.default_rng(0).random(200)}, "mse", 1
