@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flwr.serverapp import Grid
 
+from fedsim import runner
+from fedsim.app_config import Settings
+from fedsim.app_config import find_strategy as find_strategy
 from fedsim.config import Experiment, StrategyConfig, override, slug
 from fedsim.core.errors import ConfigError, FedsimError, RunError
 from fedsim.core.events import Notice
 from fedsim.core.records import count_bytes
-from fedsim.runner import OnEvent, Run, RunResult, Task, saved_config
+from fedsim.journal import locked
+from fedsim.runner import OnEvent, RunResult, Task, saved_config
 from fedsim.runtime.work import Environment
 from fedsim.tuning import tune
 
@@ -39,16 +44,6 @@ class Comparison:
     failed: tuple[tuple[str, int, str], ...]
     html: Path
     markdown: Path
-
-
-def find_strategy(experiment: Experiment, label: str | None) -> StrategyConfig:
-    """The strategy of that label; the first one if None. Raises `ConfigError` if there is none."""
-    entries = {s.label: s for s in experiment.strategy}
-    if label is None:
-        return experiment.strategy[0]
-    if label not in entries:
-        raise ConfigError(f"strategy {label!r} is not in the file; there are {', '.join(entries)}")
-    return entries[label]
 
 
 def run(
@@ -82,17 +77,26 @@ def run_name(entry: StrategyConfig, seed: int) -> str:
     return f"{slug(entry.label)}-seed{seed}"
 
 
-def execute(task: Task, on_event: OnEvent | None = None) -> RunResult:
+Begin = Callable[[Task, OnEvent | None, bool], RunResult]
+"""Runs a task; the last argument says whether to go on from its last checkpoint."""
+
+
+def execute(task: Task, on_event: OnEvent | None = None, begin: Begin = runner.start) -> RunResult:
     """Run a task: anew, from its last checkpoint, or not at all if it is finished already.
+
+    Args:
+        task: what to run.
+        on_event: told of every start, round and end.
+        begin: runs it; by default where its ``[runtime]`` says.
 
     Raises:
         RunError: the folder holds another run.
     """
     before = saved_config(task.path)
     if before is None:
-        if task.path.exists() and any(task.path.iterdir()):
+        if task.path.exists() and any(p.name not in BEGUN for p in task.path.iterdir()):
             raise RunError(f"{task.path} is not empty and holds no run; give another --out")
-        return Run(task, on_event).execute()
+        return begin(task, on_event, False)
     wanted = task.config("", "")
     for key in ("experiment", "strategy", "seed"):
         if before.get(key) != wanted[key]:
@@ -105,7 +109,26 @@ def execute(task: Task, on_event: OnEvent | None = None) -> RunResult:
         if on_event:
             on_event(Notice(task.name, "is finished already; nothing to do"))
         return done
-    return Run(task, on_event).execute(resume=True)
+    return begin(task, on_event, True)
+
+
+def serve(settings: Settings, grid: Grid, on_event: OnEvent | None = None) -> RunResult:
+    """Run on a Flower grid what a run configuration names; goes on where it was stopped.
+
+    Args:
+        settings: the run configuration.
+        grid: Flower's grid.
+        on_event: told of every start, round and end.
+    """
+    name = settings.experiment.experiment.name
+    folder = Path(settings.out or RUNS / name / run_name(settings.entry, settings.seed))
+    task = Task(settings.experiment, settings.entry, settings.seed, folder)
+
+    def begin(task: Task, on_event: OnEvent | None, resume: bool) -> RunResult:
+        with locked(task.path):
+            return runner.serve(task, grid, on_event, resume=resume, wait=settings.wait)
+
+    return execute(task, on_event, begin)
 
 
 def finished(task: Task) -> RunResult | None:
@@ -140,6 +163,8 @@ def resume(path: str | Path, on_event: OnEvent | None = None) -> RunResult | Com
 
 
 EXPERIMENT_FILE = "experiment.json"
+BEGUN = {".lock", "checkpoints"}
+"""What a run killed before its first file leaves behind."""
 
 
 def compare(
@@ -282,7 +307,8 @@ def plan(experiment: Experiment) -> Plan:
     """
     from fedsim.client_app import ProgramApp
     from fedsim.core.averaging import metrics_of
-    from fedsim.federation import Federation, Tally
+    from fedsim.federation import Federation
+    from fedsim.intake import Tally
     from fedsim.runner import build_strategy
     from fedsim.runtime.grid import LocalGrid
 

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
-from flwr.app import Context, Message
+import torch
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedsim.app_config import STATE, Settings
 from fedsim.config import Experiment
 from fedsim.core.errors import RunError
 from fedsim.core.records import materialise
+from fedsim.runtime import code, flower
 from fedsim.runtime.cohort import Cohort
-from fedsim.runtime.work import Environment, action_of, finish, job_of, judged
+from fedsim.runtime.envelope import ENROL, Enrolment, Envelope
+from fedsim.runtime.grid import describe
+from fedsim.runtime.keeping import Keeping
+from fedsim.runtime.work import PARTITION, Environment, action_of, finish, job_of, judged
 
-EXPERIMENT = "fedsim.experiment"
-"""Run-config key of the experiment, as JSON."""
-SEED = "fedsim.seed"
-"""Run-config key of the run's seed."""
+PARTITIONS = "num-partitions"
+"""Key of the number of partitions in Flower's node configuration."""
+STATE_FOLDER = "state-dir"
+"""Key of the folder for clients' state in the node configuration."""
 
 
 @lru_cache(maxsize=2)
 def _environment(experiment: str, seed: int) -> Environment:
+    torch.set_num_threads(1)  # as everywhere: a client's arithmetic takes one thread
     return Environment.of(Experiment.model_validate_json(experiment), seed)
+
+
+def served(node_config: Mapping[str, Any], num_clients: int) -> range:
+    """The clients of a node: p, p + P, ... (see `Enrolment`).
+
+    Raises:
+        RunError: the node's configuration lacks its partition.
+    """
+    if PARTITION not in node_config:
+        raise RunError(f"the node's configuration lacks {PARTITION!r}: start it with one")
+    first, step = int(node_config[PARTITION]), int(node_config.get(PARTITIONS, 0))
+    return range(first, num_clients, step or num_clients)
 
 
 class ProgramApp(ClientApp):
@@ -32,27 +54,48 @@ class ProgramApp(ClientApp):
 
     Args:
         environment: use this one instead of what the run configuration says.
+        run_config: use this one instead of the context's.
     """
 
-    def __init__(self, environment: Environment | None = None) -> None:
+    def __init__(
+        self,
+        environment: Environment | None = None,
+        run_config: Mapping[str, bool | float | int | str] | None = None,
+    ) -> None:
         super().__init__()
-        self._given = environment
+        self._given, self._run_config = environment, dict(run_config or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ProgramApp, (None, self._run_config)
 
     def environment(self, context: Context) -> Environment:
         """The environment of the context's run, loaded once per process.
 
         Raises:
-            RunError: the run configuration holds no experiment.
+            FedsimError: the run configuration names no usable experiment.
         """
         if self._given is not None:
             return self._given
-        config = context.run_config
-        if EXPERIMENT not in config:
-            raise RunError(f"the run configuration lacks {EXPERIMENT!r}: start with `fedsim run`")
-        return _environment(str(config[EXPERIMENT]), int(config[SEED]))
+        settings = Settings.of(self._run_config or context.run_config)
+        return _environment(settings.experiment.model_dump_json(), settings.seed)
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Do the work of one message."""
+        kind, action = action_of(message)
+        if kind == "query" and action == ENROL:
+            return self._enrol(message, context)
+        envelope = Envelope.of(message)
+        if envelope is None:
+            return self._answer(message, context)
+        try:
+            return self._deliver(message, context, envelope)
+        except Exception as error:
+            return Message(
+                Error(flower.CLIENT_RAISED, describe(message, error, envelope.client)),
+                reply_to=message,
+            )
+
+    def _answer(self, message: Message, context: Context) -> Message:
         kind, action = action_of(message)
         env = self.environment(context)
         if action not in env.programs or kind not in ("train", "evaluate"):
@@ -64,3 +107,61 @@ class ProgramApp(ClientApp):
         else:
             content = finish(next(cohort.run([job])), message, context, env)
         return Message(content if self._given else materialise(content), reply_to=message)
+
+    def _enrol(self, message: Message, context: Context) -> Message:
+        """Say which clients live here."""
+        data = self.environment(context).data
+        clients = served(context.node_config, data.num_clients)
+        train, test = (r.lengths.tolist() for r in (data.train, data.test))
+        found = Enrolment(
+            tuple(clients),
+            tuple(train[c] for c in clients),
+            tuple(test[c] for c in clients),
+            code.digest(),
+        )
+        return Message(found.content(), reply_to=message)
+
+    def _deliver(self, message: Message, context: Context, envelope: Envelope) -> Message:
+        """Answer for one of the node's clients, with that client's own state.
+
+        Raises:
+            RunError: the client does not live here, or its state is damaged.
+        """
+        client, moment = envelope.client, envelope.moment(message)
+        if client not in served(context.node_config, client + 1):
+            raise RunError(f"client {client} does not live on this node")
+        folder = context.node_config.get(STATE_FOLDER) or self._run_config.get(STATE)
+        keeping = Keeping(Path(str(folder)), envelope.run) if folder else None
+        prefix = f"{client}/"
+        state = (
+            keeping.load(client, moment)
+            if keeping
+            else RecordDict(
+                {
+                    n.removeprefix(prefix): r
+                    for n, r in context.state.items()
+                    if n.startswith(prefix)
+                }
+            )
+        )
+        own = Context(
+            context.run_id,
+            context.node_id,
+            {**context.node_config, PARTITION: client},
+            state,
+            context.run_config,
+        )
+        before = dict(own.state)
+        reply = self._answer(message, own)
+        if not _same(before, own.state):
+            if keeping:
+                keeping.save(client, moment, own.state, envelope.floor)
+            else:
+                kept = materialise(own.state)
+                context.state.update({prefix + n: r for n, r in kept.items()})
+        return reply
+
+
+def _same(before: Mapping[str, Any], after: RecordDict) -> bool:
+    """Whether the state holds the very same records; work replaces what it changes."""
+    return before.keys() == after.keys() and all(r is before[n] for n, r in after.items())

@@ -19,12 +19,11 @@ from fedsim.core.averaging import examples_of, metrics_of
 from fedsim.core.errors import RunError
 from fedsim.core.records import as_flat, count_bytes, from_record
 from fedsim.core.strategy import Served, Setting, Strategy
-from fedsim.gate import Gate, Refusal
+from fedsim.gate import Gate
+from fedsim.intake import Intake, Row, Tally
 from fedsim.runtime import clock
 from fedsim.runtime.grid import View, client_at, node_of
 from fedsim.runtime.work import Environment
-
-Row = dict[str, Any]
 
 
 class RoundAbandoned(Exception):
@@ -48,42 +47,6 @@ class Progress:
     rounds: list[Row] = field(default_factory=list)
     clients: list[Row] = field(default_factory=list)
     timings: list[Row] = field(default_factory=list)
-
-
-class Tally:
-    """Counts one round: a row for each client and the round's totals."""
-
-    def __init__(self, server_round: int, names: tuple[str, ...]) -> None:
-        self.round, self._names = server_round, names
-        self.rows: dict[int, Row] = {}
-        self.sampled: set[int] = set()
-        self.phase_seconds: list[float] = []
-
-    def row(self, client: int) -> Row:
-        """The client's row, made when first asked for."""
-        return self.rows.setdefault(
-            client, {"round": self.round, "client": client, "name": self._names[client]}
-        )
-
-    def add(self, client: int, **values: float | int) -> None:
-        """Add to numbers of the client's row."""
-        row = self.row(client)
-        for name, value in values.items():
-            row[name] = row.get(name, 0) + value
-
-    def totals(self) -> Row:
-        """The round's sums over clients, and its simulated duration."""
-        rows = [self.rows[c] for c in sorted(self.rows)]
-        took = [r.get("status") for r in rows if r.get("status")]
-        return {
-            "bytes_up": sum(r.get("bytes_up", 0) for r in rows),
-            "bytes_down": sum(r.get("bytes_down", 0) for r in rows),
-            "seconds": float(sum(self.phase_seconds)),
-            "client_seconds": float(sum(r.get("seconds", 0.0) for r in rows)),
-            "sampled": len(self.sampled),
-            "admitted": took.count("ok"),
-            "refused": len(took) - took.count("ok"),
-        }
 
 
 class Federation:
@@ -110,17 +73,15 @@ class Federation:
         self.experiment, self.strategy, self.seed = experiment, strategy, seed
         self.grid, self.env = grid, env
         self.train = TrainConfig.model_validate({**experiment.train.model_dump(), **entry.train})
-        self.gate = Gate()
+        self.intake = Intake(grid, Gate(), experiment.cohort.timeout)
+        self._goal = 0
         device = experiment.clock.device
         self.device: clock.Device = clock.device(device.name, device.params)
         self._flops = clock.forward_flops(env.model, env.data.fields["x"][:1])
         heldout = set(env.data.heldout_clients.tolist())
-        self.trainers = [
-            node_of(c)
-            for c, n in enumerate(env.data.train.lengths.tolist())
-            if c not in heldout and n > 0
-        ]
-        self.judges = [node_of(c) for c, n in enumerate(env.data.test.lengths.tolist()) if n > 0]
+        self._train, self._test = self._sizes()
+        self.trainers = [node_of(c) for c, n in enumerate(self._train) if c not in heldout and n]
+        self.judges = [node_of(c) for c, n in enumerate(self._test) if n]
         self.setting = Setting(
             env.model.info,
             env.data.num_clients,
@@ -129,6 +90,13 @@ class Federation:
             self.loss_of,
         )
         strategy.setup(self.setting)
+
+    def _sizes(self) -> tuple[list[int], list[int]]:
+        """Training and held-out examples of every client: what its node declared, if it did."""
+        train, test = (r.lengths.tolist() for r in (self.env.data.train, self.env.data.test))
+        for client, sizes in getattr(self.grid, "declared", {}).items():
+            train[client], test[client] = sizes
+        return train, test
 
     def begin(self) -> Progress:
         """The state before the first round, evaluated as round 0."""
@@ -166,17 +134,30 @@ class Federation:
         progress.timings.append({"round": tally.round, "wall_seconds": seconds})
 
     def cohort(self, server_round: int) -> list[int]:
-        """Node ids of the round's cohort, ascending: the strategy's choice or a seeded sample."""
-        chosen = self.strategy.sample(server_round, self.trainers)
+        """Node ids of the round's cohort, ascending: the strategy's choice or a seeded sample.
+
+        It is taken from the nodes that are connected; locally that is everybody.
+        """
+        there = self._present(self.trainers)
+        chosen = self.strategy.sample(server_round, there)
         if chosen is not None:
+            self._goal = len(chosen)
             return sorted(chosen)
         config, population = self.experiment.cohort, len(self.trainers)
-        size = config.size or math.ceil((config.fraction or 1.0) * population)
-        size = min(population, math.ceil(size * (1 + config.overselect)))
-        if size == population:
-            return list(self.trainers)
+        wanted = config.size or math.ceil((config.fraction or 1.0) * population)
+        self._goal = min(population, wanted)
+        size = min(len(there), math.ceil(wanted * (1 + config.overselect)))
+        if size == len(there):
+            return there
         stream = rng.stream(self.seed, server_round, rng.SERVER, "cohort")
-        return sorted(stream.choice(self.trainers, size, replace=False).tolist())
+        return sorted(stream.choice(there, size, replace=False).tolist())
+
+    def _present(self, nodes: list[int]) -> list[int]:
+        """Those of `nodes` that are connected now."""
+        if getattr(self.grid, "in_order", False):
+            return list(nodes)
+        there = set(self.grid.get_node_ids())
+        return [n for n in nodes if n in there]
 
     def told(self, server_round: int) -> ConfigRecord:
         """The configuration every client is sent in a round."""
@@ -198,7 +179,10 @@ class Federation:
         self, server_round: int, arrays: ArrayRecord, tally: Tally
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Drive the strategy's exchange for one round."""
-        view = View(self.grid, self.cohort(server_round))
+        nodes = self.cohort(server_round)
+        if len(nodes) < self._quorum(self._goal):  # too few are connected to ask anybody
+            raise RoundAbandoned
+        view = View(self.grid, nodes)
         conversation = self.strategy.exchange(server_round, arrays, self.told(server_round), view)
         replies: Iterable[Message] | None = None
         try:
@@ -216,49 +200,31 @@ class Federation:
         """
         sent = sorted(messages, key=lambda m: m.metadata.dst_node_id)
         good, phase = 0, 0.0
-        for message, reply in self._pairs(sent):
-            client = client_at(message.metadata.dst_node_id)
+        goal = min(self._goal or len(sent), len(sent))
+        enough = goal if self.experiment.cohort.overselect else None
+        verdicts = self.intake.verdicts(
+            sent, self.strategy.expected, lambda c: self._train[c], tally, enough
+        )
+        for verdict in verdicts:
+            client = client_at(verdict.message.metadata.dst_node_id)
             tally.sampled.add(client)
             row = tally.row(client)
-            down = count_bytes(message.content)
-            up = count_bytes(reply.content) if reply is not None and reply.has_content() else 0
-            try:
-                if reply is None:
-                    raise Refusal("late", "no reply before the cut-off")
-                reply.content = self.gate.admit(reply, self.strategy.expected(message.content))
-            except Refusal as refusal:
-                row["status"] = {"error_reply": "error", "late": "late"}.get(
-                    refusal.code, "refused"
-                )
-                row["reason"] = f"{refusal.code}: {refusal.detail}"
-                reply = None
-            seconds = self.device.seconds(self._work(row, reply), down, up)
+            if verdict.refusal is not None:
+                tally.refuse(client, verdict.refusal)
+            down, up = count_bytes(verdict.message.content), verdict.bytes_up
+            seconds = self.device.seconds(self._work(row, verdict.reply), down, up)
             phase = max(phase, seconds)
             tally.add(client, bytes_down=down, bytes_up=up, seconds=seconds)
-            if reply is not None:
+            if verdict.reply is not None:
                 good += 1
-                yield reply
+                yield verdict.reply
         tally.phase_seconds.append(phase)
-        if good < math.ceil(self.experiment.cohort.quorum * len(sent)) or not good:
+        if good < self._quorum(goal):
             raise RoundAbandoned
 
-    def _pairs(self, sent: list[Message]) -> Iterator[tuple[Message, Message | None]]:
-        """Each message with its reply, in the order of `sent`; None where none came."""
-        replies = self.grid.send_and_receive(sent, timeout=self.experiment.cohort.timeout)
-        waiting = iter(sent)
-        if isinstance(replies, Iterator):
-            for reply in replies:
-                for message in waiting:
-                    if message.metadata.message_id == reply.metadata.reply_to_message_id:
-                        yield message, reply
-                        break
-                    yield message, None
-        else:
-            by_id = {r.metadata.reply_to_message_id: r for r in replies}
-            for message in waiting:
-                yield message, by_id.get(message.metadata.message_id)
-        for message in waiting:
-            yield message, None
+    def _quorum(self, asked: int) -> int:
+        """How many of so many replies must be admitted."""
+        return max(1, math.ceil(self.experiment.cohort.quorum * asked))
 
     def _work(self, row: Row, reply: Message | None) -> float:
         """Note a train reply in the client's row; return its floating-point operations."""
@@ -267,12 +233,13 @@ class Federation:
         metrics = metrics_of(reply.content)
         examples = int(examples_of(reply.content))
         row.update(status="ok", examples=examples)
-        if "loss" in metrics:
-            row["loss"] = float(cast(float, metrics["loss"]))
-        if "cluster" in metrics:
-            row["cluster"] = int(cast(int, metrics["cluster"]))
-        steps = int(cast(int, metrics.get("steps", 0)))
-        passes = min(steps * self.train.batch_size, self.train.epochs * examples)
+        loss, cluster, steps = (metrics.get(n) for n in ("loss", "cluster", "steps"))
+        if isinstance(loss, (int, float)):
+            row["loss"] = float(loss)
+        if isinstance(cluster, (int, float)) and 0 <= cluster < 2**31:
+            row["cluster"] = int(cluster)
+        done = max(0, int(steps)) if isinstance(steps, (int, float)) else 0
+        passes = min(done * self.train.batch_size, self.train.epochs * examples)
         return passes * self._flops * (1 + clock.BACKWARD)
 
     def evaluate(self, server_round: int, arrays: ArrayRecord, tally: Tally) -> Row:
@@ -328,24 +295,22 @@ class Federation:
 
     def on_clients(self, server_round: int, arrays: ArrayRecord, tally: Tally) -> Row:
         """Mean over clients of what each one's own model gives on its held-out examples."""
-        view = View(self.grid, self.judges)
+        view = View(self.grid, self._present(self.judges))
         messages = self.strategy.configure_evaluate(
             server_round, arrays, self.told(max(server_round, 1)), view
         )
         sent = sorted(messages, key=lambda m: m.metadata.dst_node_id)
         losses, accuracies = [], []
-        for message, reply in self._pairs(sent):
-            if reply is None or reply.has_error():
+        verdicts = self.intake.verdicts(sent, lambda _: {}, lambda c: self._test[c], tally)
+        for verdict in verdicts:
+            client = client_at(verdict.message.metadata.dst_node_id)
+            found = judgement(verdict.reply)
+            if found is None:
                 continue
-            metrics = cast("Mapping[str, float]", metrics_of(reply.content))
-            if not all(math.isfinite(v) for v in metrics.values()):
-                continue
-            row = tally.row(client_at(message.metadata.dst_node_id))
-            row["eval_examples"] = int(examples_of(reply.content))
-            row["eval_loss"] = float(metrics["loss"])
-            row["eval_accuracy"] = float(metrics["accuracy"])
-            losses.append(row["eval_loss"])
-            accuracies.append(row["eval_accuracy"])
+            row = tally.row(client)
+            row["eval_examples"], row["eval_loss"], row["eval_accuracy"] = found
+            losses.append(found[1])
+            accuracies.append(found[2])
         if not losses:
             return {}
         result: Row = {"client_loss": float(np.mean(losses))}
@@ -368,3 +333,14 @@ class Federation:
                     f"the model diverged in round {progress.round}: {name} holds NaN or infinity; "
                     "lower train.lr or the strategy's server_lr"
                 )
+
+
+def judgement(reply: Message | None) -> tuple[int, float, float] | None:
+    """Examples, loss and accuracy of an admitted reply; None if it does not say them."""
+    if reply is None:
+        return None
+    metrics = metrics_of(reply.content)
+    loss, accuracy = metrics.get("loss"), metrics.get("accuracy")
+    if not isinstance(loss, (int, float)) or not isinstance(accuracy, (int, float)):
+        return None
+    return int(examples_of(reply.content)), float(loss), float(accuracy)

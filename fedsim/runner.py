@@ -6,25 +6,35 @@ import json
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from flwr.app import ArrayRecord, RecordDict
-from safetensors.torch import save_file
+from flwr.app import ArrayRecord
+from flwr.serverapp import Grid
+from safetensors.torch import save
 
 from fedsim import registry
-from fedsim.client_app import EXPERIMENT, SEED, ProgramApp
+from fedsim.app_config import STATE, Settings
+from fedsim.client_app import ProgramApp
 from fedsim.config import Experiment, StrategyConfig
 from fedsim.core.adapter import adapt
-from fedsim.core.errors import RunError
+from fedsim.core.errors import FedsimError, RunError
 from fedsim.core.events import Event, RoundFinished, RunFinished, RunStarted
+from fedsim.core.packing import content_of, tree_of
 from fedsim.core.records import as_flat, from_record, to_record
 from fedsim.core.strategy import Strategy
+from fedsim.failpoints import crash_here
 from fedsim.federation import Federation, Progress
-from fedsim.journal import Journal, Snapshot
+from fedsim.journal import Journal, Snapshot, locked
 from fedsim.results import RunWriter, environment
+from fedsim.results.files import write_atomic
+from fedsim.runtime import code
 from fedsim.runtime.grid import LocalGrid
+from fedsim.runtime.remote import RemoteGrid
+from fedsim.runtime.simulation import simulate
 from fedsim.runtime.work import Environment, client_of
 
 OnEvent = Callable[[Event], None]
@@ -108,25 +118,92 @@ def saved_config(path: Path) -> dict[str, Any] | None:
     return content or None
 
 
-class Run:
-    """Executes one task, from the start or from its last checkpoint.
+def start(task: Task, on_event: OnEvent | None = None, resume: bool = False) -> RunResult:
+    """Run a task where its ``[runtime]`` says: in this process, or on Flower's simulation engine.
 
     Args:
         task: what to run.
         on_event: told of every start, round and end.
+        resume: go on from the last checkpoint where there is one.
+
+    Raises:
+        FedsimError: the run cannot be made or cannot go on; what is finished stays on disk.
+    """
+    runtime = task.experiment.runtime
+    if runtime.name == "local":
+        with locked(task.path):
+            return Run(task, on_event).execute(resume)
+    settings: dict[str, bool | float | int | str] = {
+        **Settings.config(task.experiment, task.entry, task.seed),
+        STATE: str((task.path / "client-state").resolve()),
+    }
+    with locked(task.path):
+        clients = Environment.of(task.experiment, task.seed).data.num_clients
+        return simulate(
+            lambda grid, stopped: serve(task, grid, on_event, resume=resume, stopped=stopped),
+            ProgramApp(run_config=settings),
+            clients,
+            runtime.workers,
+            gpus=1 / runtime.workers if runtime.device.startswith("cuda") else 0.0,
+        )
+
+
+def serve(
+    task: Task,
+    grid: Grid,
+    on_event: OnEvent | None = None,
+    *,
+    resume: bool = False,
+    wait: float = 60.0,
+    stopped: Callable[[], bool] = lambda: False,
+) -> RunResult:
+    """Run a task on a Flower grid whose nodes are other processes.
+
+    Args:
+        task: what to run.
+        grid: Flower's grid.
+        on_event: told of every start, round and end.
+        resume: go on from the last checkpoint where there is one.
+        wait: seconds to wait until every client has a node.
+        stopped: asked while waiting; if it is true, the run is interrupted.
+
+    Raises:
+        FedsimError: the run cannot be made or cannot go on; what is finished stays on disk.
+    """
+    journal = Journal(task.path / "checkpoints", task.experiment.journal.keep)
+    if not resume:
+        journal.clear()
+    env = Environment.of(task.experiment, task.seed)
+    remote = RemoteGrid(
+        grid, env.data.num_clients, run=journal.run, digest=code.digest(), stopped=stopped
+    )
+    remote.wait(wait)
+    return Run(task, on_event, remote, env).execute(resume)
+
+
+class Run:
+    """Executes one task, from the start or from its last checkpoint.
+
+    Whoever makes it holds the lock of the run folder.
+
+    Args:
+        task: what to run.
+        on_event: told of every start, round and end.
+        grid: where clients are; None makes a grid in this process.
+        env: data and model on the server's side; None loads them.
     """
 
-    def __init__(self, task: Task, on_event: OnEvent | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        on_event: OnEvent | None = None,
+        grid: LocalGrid | RemoteGrid | None = None,
+        env: Environment | None = None,
+    ) -> None:
         self.task = task
         self._tell: OnEvent = on_event or (lambda event: None)
-        self.env = Environment.of(task.experiment, task.seed)
-        run_config: dict[str, bool | float | int | str] = {
-            EXPERIMENT: task.experiment.model_dump_json(),
-            SEED: task.seed,
-        }
-        self.grid = LocalGrid(
-            ProgramApp(self.env), self.env.data.num_clients, run_config=run_config
-        )
+        self.env = env or Environment.of(task.experiment, task.seed)
+        self.grid = grid or LocalGrid(ProgramApp(self.env), self.env.data.num_clients)
         self.federation = Federation(
             task.experiment, task.entry, build_strategy(task.entry), task.seed, self.grid, self.env
         )
@@ -151,7 +228,9 @@ class Run:
         if snapshot is None:
             self.writer.write_config(self.task.config("serial", self.env.data.fingerprint))
             self.writer.write_environment(environment())
-            self.journal.clear()
+            if isinstance(self.grid, LocalGrid):
+                self.journal.clear()
+            crash_here("run.begun")
         self._tell(
             RunStarted(
                 self.task.name,
@@ -182,7 +261,9 @@ class Run:
     def _loop(self, progress: Progress) -> None:
         every = self.task.experiment.journal.every
         while progress.round < self._rounds:
+            crash_here("round.begin")
             self.federation.advance(progress)
+            crash_here("round.end")
             self.federation.check_finite(progress)
             if progress.round % every == 0 or progress.round == self._rounds:
                 self._save(progress)
@@ -201,10 +282,7 @@ class Run:
             )
 
     def _save(self, progress: Progress) -> None:
-        states = {
-            str(node): {name: from_record(r) for name, r in state.array_records.items()}
-            for node, state in self.grid.states().items()
-        }
+        states = {str(node): tree_of(state) for node, state in self.grid.changed_states().items()}
         self.journal.save(
             Snapshot(
                 progress.round,
@@ -216,6 +294,8 @@ class Run:
                 progress.timings,
             )
         )
+        if isinstance(self.grid, RemoteGrid):
+            self.grid.floor = self.journal.floor
         if time.monotonic() - self._tables_written > TABLES_EVERY:
             self.writer.write_tables(progress.rounds, progress.clients, progress.timings)
             self._tables_written = time.monotonic()
@@ -228,11 +308,10 @@ class Run:
             arrays = as_flat(arrays, initial.layout)
         self.federation.strategy.load_state_dict(snapshot.strategy)
         self.grid.load_states(
-            {
-                int(node): RecordDict({n: to_record(entries) for n, entries in records.items()})
-                for node, records in snapshot.clients.items()
-            }
+            {int(node): content_of(state) for node, state in snapshot.clients.items()}
         )
+        if isinstance(self.grid, RemoteGrid):
+            self.grid.floor = self.journal.floor
         self._status("running", snapshot.round)
         return Progress(
             snapshot.round, arrays, snapshot.rounds, snapshot.client_rows, snapshot.timings
@@ -244,12 +323,15 @@ class Run:
         )
 
     def _stop(self, progress: Progress, state: str, reason: str) -> None:
-        self.writer.write_tables(progress.rounds, progress.clients, progress.timings)
-        self._status(state, progress.round, reason)
+        with suppress(FedsimError):  # what stopped the run is the error to show
+            self._status(state, progress.round, reason)
+            self.writer.write_tables(progress.rounds, progress.clients, progress.timings)
 
     def _finish(self, progress: Progress) -> RunResult:
         self.writer.write_tables(progress.rounds, progress.clients, progress.timings)
+        crash_here("run.tables")
         save_models(self.task.path, self.federation.final_models(progress))
+        crash_here("run.models")
         self._status("finished", progress.round)
         metrics = numbers(progress.rounds[-1])
         self._tell(RunFinished(self.task.name, str(self.task.path), metrics))
@@ -268,6 +350,9 @@ def save_models(path: Path, models: dict[str, dict[str, Any]]) -> None:
         if len(models) > 1:
             file = path / "models" / f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}.safetensors"
             file.parent.mkdir(exist_ok=True)
-        temporary = file.with_name(f".{file.name}.tmp")
-        save_file({n: t.contiguous().clone() for n, t in state.items()}, temporary)
-        temporary.replace(file)
+        data = save({n: t.contiguous().clone() for n, t in state.items()})
+        write_atomic(file, partial(_fill, data))
+
+
+def _fill(data: bytes, file: BinaryIO) -> None:
+    file.write(data)

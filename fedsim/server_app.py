@@ -11,6 +11,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment that the run configuration names, on Flower's grid."""
-    from fedsim.runtime.remote import serve
+    from fedsim.api import serve
+    from fedsim.app_config import Settings
 
-    serve(grid, context)
+    serve(Settings.of(context.run_config), grid)

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedsim.config import Experiment, StrategyConfig, slug
 from fedsim.core.errors import ConfigError, FedsimError, RunError
-from fedsim.journal import write_atomic
+from fedsim.results.files import write_text
 from fedsim.runner import OnEvent, RunResult, Task
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "client_loss"})
@@ -101,7 +101,7 @@ def tune(
             "candidates": [{**values, metric: score} for score, values in scores],
         }
         chosen.append(with_values(entry, best[1]))
-    write_atomic(folder / "tuning.json", json.dumps(tried, indent=1).encode())
+    write_text(folder / "tuning.json", json.dumps(tried, indent=1))
     return chosen
 
 

@@ -26,6 +26,11 @@ def set_message_id(message: Message, value: str) -> None:
     message.metadata.__dict__["_message_id"] = value
 
 
+def set_source(message: Message, node: int) -> None:
+    """Say which node a message came from; there is no public setter."""
+    message.metadata.__dict__["_src_node_id"] = node
+
+
 def empty_run(run_id: int) -> Run:
     """The run object that `Grid.run` returns."""
     return Run.create_empty(run_id)
@@ -38,4 +43,5 @@ __all__ = [
     "become_server",
     "empty_run",
     "set_message_id",
+    "set_source",
 ]

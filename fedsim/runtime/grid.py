@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from threading import Lock
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
@@ -43,6 +43,9 @@ class LocalGrid(Grid):
         debug: let exceptions of clients pass instead of turning them into error replies.
     """
 
+    in_order = True
+    """Replies come one for each message, in the order of the messages."""
+
     def __init__(
         self,
         client_app: ClientApp,
@@ -57,6 +60,7 @@ class LocalGrid(Grid):
         self.num_nodes = num_nodes
         self._run_config = dict(run_config or {})
         self._contexts: dict[int, Context] = {}
+        self._touched: set[int] = set()
         self._pending: dict[str, Message] = {}
         self._numbers = itertools.count(1)
         self._lock = Lock()
@@ -123,6 +127,7 @@ class LocalGrid(Grid):
     def context(self, node: int) -> Context:
         """The node's context; made when first asked for."""
         with self._lock:
+            self._touched.add(node)
             if node not in self._contexts:
                 config: dict[str, str | int | float | bool] = {
                     PARTITION: client_at(node),
@@ -133,9 +138,12 @@ class LocalGrid(Grid):
                 )
             return self._contexts[node]
 
-    def states(self) -> dict[int, RecordDict]:
-        """State of every node that has any, by node id."""
-        return {n: c.state for n, c in sorted(self._contexts.items()) if len(c.state)}
+    def changed_states(self) -> dict[int, RecordDict]:
+        """State of every node that was at work since this was last asked and has any state."""
+        with self._lock:
+            nodes, self._touched = sorted(self._touched), set()
+        states = {n: self._contexts[n].state for n in nodes}
+        return {n: state for n, state in states.items() if len(state)}
 
     def load_states(self, states: Mapping[int, RecordDict]) -> None:
         """Replace the state of all nodes."""
@@ -143,6 +151,7 @@ class LocalGrid(Grid):
             self._contexts.clear()
         for node, state in states.items():
             self.context(node).state = state
+        self._touched.clear()
 
     def execute(self, message: Message) -> Message:
         """Run the ClientApp on one message and return its reply."""
@@ -200,13 +209,15 @@ class View(Grid):
         return self._inner.send_and_receive(messages, timeout=timeout)
 
 
-def describe(message: Message, error: BaseException) -> str:
+def describe(message: Message, error: BaseException, client: int | None = None) -> str:
     """One line on a client's exception: client, round, stage, error, and where it was raised."""
-    config = message.content.config_records.get("config", {}) if message.has_content() else {}
+    client = client_at(message.metadata.dst_node_id) if client is None else client
+    records = message.content.config_records if message.has_content() else {}
+    config = records.get("config", ConfigRecord())
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     return (
-        f"client {client_at(message.metadata.dst_node_id)}, round "
-        f"{config.get('server-round', '?')}, {message.metadata.message_type}: "
+        f"client {client}, round "
+        f"{config.get('server-round', '?')!s}, {message.metadata.message_type}: "
         f"{type(error).__name__}: {error}{where}"
     )

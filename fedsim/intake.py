@@ -1,0 +1,176 @@
+"""From messages to admitted replies: send, match, check one by one, count, in canonical order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedsim.core.records import count_bytes
+from fedsim.gate import Gate, Refusal
+from fedsim.runtime.grid import client_at
+
+Row = dict[str, Any]
+Expected = Callable[[RecordDict], Mapping[str, ArrayRecord]]
+PAST_KEPT = 100_000
+"""Messages of earlier exchanges that a late reply is recognised by."""
+
+
+class Tally:
+    """Counts one round: a row for each client and the round's totals."""
+
+    def __init__(self, server_round: int, names: tuple[str, ...]) -> None:
+        self.round, self._names = server_round, names
+        self.rows: dict[int, Row] = {}
+        self.sampled: set[int] = set()
+        self.phase_seconds: list[float] = []
+        self.strays = 0
+
+    def row(self, client: int) -> Row:
+        """The client's row, made when first asked for."""
+        return self.rows.setdefault(
+            client, {"round": self.round, "client": client, "name": self._names[client]}
+        )
+
+    def add(self, client: int, **values: float | int) -> None:
+        """Add to numbers of the client's row."""
+        row = self.row(client)
+        for name, value in values.items():
+            row[name] = row.get(name, 0) + value
+
+    def refuse(self, client: int, refusal: Refusal) -> None:
+        """Note in the client's row why its reply was refused."""
+        status = {"error_reply": "error", "late": "late"}.get(refusal.code, "refused")
+        self.row(client).update(status=status, reason=str(refusal))
+
+    def stray(self, client: int, refusal: Refusal) -> None:
+        """Count a reply that answers no open message; it leaves an honest row as it is."""
+        self.strays += 1
+        if 0 <= client < len(self._names) and "status" not in self.row(client):
+            self.row(client).update(status="refused", reason=str(refusal))
+            self.strays -= 1
+
+    def totals(self) -> Row:
+        """The round's sums over clients, and its simulated duration."""
+        rows = [self.rows[c] for c in sorted(self.rows)]
+        took = [r.get("status") for r in rows if r.get("status")]
+        return {
+            "bytes_up": sum(r.get("bytes_up", 0) for r in rows),
+            "bytes_down": sum(r.get("bytes_down", 0) for r in rows),
+            "seconds": float(sum(self.phase_seconds)),
+            "client_seconds": float(sum(r.get("seconds", 0.0) for r in rows)),
+            "sampled": len(self.sampled),
+            "admitted": took.count("ok"),
+            "refused": len(took) - took.count("ok") + self.strays,
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one message.
+
+    Attributes:
+        message: the message.
+        reply: the admitted reply, its content checked; None if it was refused.
+        refusal: why it was refused.
+        bytes_up: payload of the reply, refused or not.
+    """
+
+    message: Message
+    reply: Message | None
+    refusal: Refusal | None
+    bytes_up: int
+
+
+class Intake:
+    """The only way from a grid to a strategy.
+
+    A reply belongs to the message that its metadata name and to no other; the first one counts.
+    Everything that answers no open message is a stray: `stale_round`, `duplicate`, `unknown_node`.
+
+    Args:
+        grid: where clients are. If it has an attribute `in_order` that is true, replies are taken
+            to come one for each message in the order given, and are judged one at a time.
+        gate: judges a reply by itself.
+        timeout: seconds after which a reply is late; None waits for all.
+    """
+
+    def __init__(self, grid: Grid, gate: Gate, timeout: float | None) -> None:
+        self._grid, self._gate, self._timeout = grid, gate, timeout
+        self._in_order = bool(getattr(grid, "in_order", False))
+        self._past: dict[str, None] = {}
+
+    def verdicts(
+        self,
+        sent: list[Message],
+        expected: Expected,
+        most: Callable[[int], int],
+        tally: Tally,
+        enough: int | None = None,
+    ) -> Iterator[Verdict]:
+        """Send, and judge what comes back: one verdict for each message, in the order of `sent`.
+
+        Args:
+            sent: the messages, sorted by node.
+            expected: the array records that the reply to a content must carry.
+            most: the largest number of examples that a client may report.
+            tally: told of strays.
+            enough: stop waiting after so many admitted replies; the others are late.
+        """
+        replies = self._grid.send_and_receive(sent, timeout=self._timeout)
+        if self._in_order:
+            for message, reply in zip(sent, replies, strict=True):
+                yield self._judged(message, reply, expected, most)
+            return
+        open_ = {m.metadata.message_id: m for m in sent}
+        done: dict[str, Verdict] = {}
+        good = 0
+        for reply in replies:
+            number = reply.metadata.reply_to_message_id
+            asked = open_.get(number)
+            fault = self._fault(asked, reply, number in done)
+            if asked is None or fault is not None:
+                tally.stray(client_at(reply.metadata.src_node_id), fault or _UNASKED)
+                continue
+            done[number] = self._judged(asked, reply, expected, most)
+            good += done[number].reply is not None
+            if enough is not None and good >= enough:
+                break
+        close = getattr(replies, "close", None)
+        if close is not None:
+            close()
+        self._past.update(dict.fromkeys(open_))
+        while len(self._past) > PAST_KEPT:
+            del self._past[next(iter(self._past))]
+        late = Refusal("late", "no reply before the cut-off")
+        for number, message in open_.items():
+            yield done.get(number) or Verdict(message, None, late, 0)
+
+    def _fault(self, message: Message | None, reply: Message, done: bool) -> Refusal | None:
+        """Why a reply is a stray, or None if it answers its message."""
+        number = reply.metadata.reply_to_message_id
+        if number in self._past:
+            return Refusal("stale_round", "answers a message of an earlier round")
+        if message is None:
+            return _UNASKED
+        if not reply.has_error() and reply.metadata.src_node_id != message.metadata.dst_node_id:
+            return Refusal("unknown_node", "comes from a node that was not asked")
+        return Refusal("duplicate", "a second reply to one message") if done else None
+
+    def _judged(
+        self, message: Message, reply: Message, expected: Expected, most: Callable[[int], int]
+    ) -> Verdict:
+        up = count_bytes(reply.content) if reply.has_content() else 0
+        try:
+            client = client_at(message.metadata.dst_node_id)
+            content = self._gate.admit(reply, expected(message.content), most(client))
+        except Refusal as refusal:
+            return Verdict(message, None, refusal, up)
+        reply.content = content
+        return Verdict(message, reply, None, up)
+
+
+_UNASKED = Refusal("unknown_node", "answers no message of this run")

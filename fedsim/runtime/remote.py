@@ -1,0 +1,328 @@
+"""A Flower grid of other processes (Ray simulation, SuperLink), made to look like a local one."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedsim.core.errors import RunError
+from fedsim.core.records import plain
+from fedsim.runtime import flower
+from fedsim.runtime.envelope import ENROL, ENVELOPE, Enrolment, Envelope
+from fedsim.runtime.grid import LocalGrid, client_at, node_of
+
+LATE_KEPT = 1000
+"""Unanswered messages of earlier exchanges whose replies are still asked for."""
+
+
+class Copies(dict[int, tuple[ArrayRecord, ArrayRecord]]):
+    """By identity: a record that many messages share, and its plain copy."""
+
+
+@dataclass
+class Sent:
+    """A message under way.
+
+    Attributes:
+        message: as the round loop sees it.
+        node: Flower's id of the node that has it.
+    """
+
+    message: Message
+    node: int
+
+
+@dataclass
+class Traffic:
+    """The messages of one exchange.
+
+    Attributes:
+        queues: messages that wait for their node, which gets one at a time: two at once on one
+            node would overwrite each other's state.
+        open: messages under way, by Flower's message id.
+        ready: replies that are there.
+    """
+
+    queues: dict[int, deque[Message]] = field(default_factory=dict)
+    open: dict[str, Sent] = field(default_factory=dict)
+    ready: deque[Message] = field(default_factory=deque)
+
+
+class RemoteGrid(Grid):
+    """Any Flower grid, with clients named by their partition number.
+
+    Flower's node ids are random, differ from run to run, and are wrong in the replies that it makes
+    up for dead nodes. Here a node id is a partition number plus one, in both directions; replies
+    are told apart by the message they answer and by nothing else. Replies come in the order of
+    their arrival.
+
+    Args:
+        inner: Flower's grid.
+        num_clients: clients 0 to num_clients - 1 are expected.
+        run: name of the run, the same after a resume.
+        digest: names the code of the server; a node with other code is refused.
+        poll: seconds between looks for replies.
+        stopped: asked while waiting; if it is true, the run is interrupted.
+    """
+
+    in_order = False
+
+    def __init__(
+        self,
+        inner: Grid,
+        num_clients: int,
+        *,
+        run: str = "0",
+        digest: str = "",
+        poll: float = 0.1,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._inner, self.num_nodes, self._run, self._digest = inner, num_clients, run, digest
+        self._poll, self._stopped = poll, stopped
+        self.declared: dict[int, tuple[int, int]] = {}
+        self.floor = 0
+        self._place: dict[int, int] = {}
+        self._asked: dict[int, str] = {}
+        self._late: dict[str, Sent] = {}
+        self._count, self._round, self._phase = 0, -1, 0
+
+    # -- who is there ------------------------------------------------------------------------
+
+    def enrol(self, timeout: float) -> None:
+        """Ask nodes that are new for their clients; waits for the answers.
+
+        Args:
+            timeout: seconds to wait for answers.
+
+        Raises:
+            RunError: a node runs other code than the server.
+        """
+        new = [n for n in self._inner.get_node_ids() if n not in self._asked]
+        queries = [Message(RecordDict(), dst_node_id=n, message_type=f"query.{ENROL}") for n in new]
+        if not queries:
+            return
+        nodes = dict(zip(self._push(queries), new, strict=True))
+        nodes.pop("", None)
+        self._asked.update(dict.fromkeys(new, "no answer yet"))
+        deadline = time.monotonic() + timeout
+        while nodes and time.monotonic() < deadline:
+            for reply in self._inner.pull_messages(list(nodes)):
+                node = nodes.pop(reply.metadata.reply_to_message_id, None)
+                if node is not None:
+                    self._admit(node, reply)
+            self._rest()
+        for node in nodes.values():  # silent: ask again next time
+            del self._asked[node]
+
+    def _admit(self, node: int, reply: Message) -> None:
+        if reply.has_error():
+            del self._asked[node]
+            self._fault = reply.error.reason or ""
+            return
+        try:
+            found = Enrolment.of(reply.content)
+        except ValueError as error:
+            self._asked[node] = self._fault = str(error)
+            return
+        if self._digest and found.digest != self._digest:
+            raise RunError(
+                f"a node runs other code than the server ({found.digest} instead of "
+                f"{self._digest}): start both from the same checkout"
+            )
+        self._asked[node] = "serves"
+        for client, train, test in zip(found.clients, found.train, found.test, strict=True):
+            if client < self.num_nodes:
+                self._place[client] = node
+                self.declared[client] = (train, test)
+
+    _fault = ""
+
+    def wait(self, timeout: float) -> None:
+        """Wait until every client has a node.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            RunError: some client has none by then.
+        """
+        deadline = time.monotonic() + timeout
+        while len(self._place) < self.num_nodes:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                missing = [str(c) for c in range(self.num_nodes) if c not in self._place]
+                raise RunError(
+                    f"no node serves client {', '.join(missing[:5])}"
+                    f"{' and others' if len(missing) > 5 else ''} after {timeout:g} s "
+                    f"({len(self._place)} of {self.num_nodes} clients are there"
+                    f"{'; a node says: ' + self._fault if self._fault else ''}); start "
+                    "their SuperNodes, or wait longer with node-timeout"
+                )
+            self.enrol(left)
+            self._rest()
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The clients whose node is connected now, ascending; new nodes are asked first."""
+        self.enrol(timeout=30.0)
+        there = set(self._inner.get_node_ids())
+        return [node_of(c) for c, node in sorted(self._place.items()) if node in there]
+
+    # -- messages ----------------------------------------------------------------------------
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Send now; replies as they come, until all are there or `timeout` (seconds) is over.
+
+        A reply that comes after its cut-off is handed out with those of a later exchange.
+        """
+        traffic, copies = Traffic(), Copies()
+        for message in messages:
+            self._count += 1
+            flower.set_message_id(message, f"m{self._count}")
+            node = self._place.get(client_at(message.metadata.dst_node_id))
+            if node is None:
+                traffic.ready.append(self._gone(message, "no node serves this client"))
+            else:
+                traffic.queues.setdefault(node, deque()).append(message)
+        self._number(traffic)
+        self._feed(traffic, list(traffic.queues), copies)
+        return self._arrivals(traffic, timeout, copies)
+
+    def _number(self, traffic: Traffic) -> None:
+        """Count the exchanges of a round: the same numbers come again when it is repeated."""
+        for queue in traffic.queues.values():
+            config = queue[0].content.config_records.get("config", ConfigRecord())
+            number = int(cast(int, config.get("server-round", 0)))
+            self._phase = self._phase + 1 if number == self._round else 0
+            self._round = number
+            return
+
+    def _arrivals(
+        self, traffic: Traffic, timeout: float | None, copies: Copies
+    ) -> Iterator[Message]:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            while True:
+                while traffic.ready:
+                    yield traffic.ready.popleft()
+                if not traffic.open:
+                    return
+                if deadline is not None and time.monotonic() >= deadline:
+                    return
+                self._pull(traffic, copies)
+        finally:  # whoever stops taking replies leaves the rest to come late
+            self._late.update(traffic.open)
+            for number in list(self._late)[:-LATE_KEPT]:
+                del self._late[number]
+
+    def _pull(self, traffic: Traffic, copies: Copies) -> None:
+        replies = list(self._inner.pull_messages([*traffic.open, *self._late]))
+        free = []
+        for reply in replies:
+            number = reply.metadata.reply_to_message_id
+            sent = traffic.open.pop(number, None)
+            if sent is not None:
+                free.append(sent.node)
+            else:
+                sent = self._late.pop(number, None)
+            if sent is not None:
+                traffic.ready.append(self._presented(sent, reply))
+        self._feed(traffic, free, copies)
+        if not replies:
+            self._rest()
+
+    def _feed(self, traffic: Traffic, nodes: list[int], copies: Copies) -> None:
+        """Give each of these nodes its next message."""
+        batch = [(n, traffic.queues[n].popleft()) for n in nodes if traffic.queues.get(n)]
+        numbers = self._push([self._wrapped(message, node, copies) for node, message in batch])
+        again = []
+        for number, (node, message) in zip(numbers, batch, strict=True):
+            if number:
+                traffic.open[number] = Sent(message, node)
+            else:
+                traffic.ready.append(self._gone(message, "its node is not connected"))
+                again.append(node)
+        if again:
+            self._feed(traffic, again, copies)
+
+    def _push(self, messages: list[Message]) -> list[str]:
+        """Flower's ids of these messages, "" where it refused one."""
+        taken = set(self._inner.push_messages(messages)) if messages else set()
+        numbers = [m.metadata.message_id for m in messages]
+        return [n if n in taken else "" for n in numbers]
+
+    def _wrapped(self, message: Message, node: int, copies: Copies) -> Message:
+        """The message for Flower: plain arrays, each record copied once, and the envelope."""
+        content = RecordDict()
+        for name, record in message.content.items():
+            if isinstance(record, ArrayRecord):
+                _, record = copies.setdefault(id(record), (record, plain(record)))
+            content[name] = record
+        client = client_at(message.metadata.dst_node_id)
+        content[ENVELOPE] = Envelope(client, self._run, self._phase, self.floor).record()
+        return Message(
+            content, node, message.metadata.message_type, group_id=str(max(self._round, 0))
+        )
+
+    def _presented(self, sent: Sent, reply: Message) -> Message:
+        """The reply as from the client that was asked; its own metadata are not believed."""
+        if reply.has_error():
+            # Flower names itself as the source of the errors that it makes up.
+            return Message(reply.error, reply_to=sent.message)
+        shown = Message(reply.content, reply_to=sent.message)
+        if reply.metadata.src_node_id != sent.node:
+            flower.set_source(shown, 0)
+        return shown
+
+    @staticmethod
+    def _gone(message: Message, reason: str) -> Message:
+        return LocalGrid.failure(message, flower.NODE_UNAVAILABLE, reason)
+
+    def _rest(self) -> None:
+        if self._stopped():
+            raise KeyboardInterrupt
+        time.sleep(self._poll)
+
+    # -- the rest of Flower's interface ------------------------------------------------------
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Not offered: replies are matched within `send_and_receive`."""
+        raise TypeError("use send_and_receive on this grid")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Not offered: replies are matched within `send_and_receive`."""
+        raise TypeError("use send_and_receive on this grid")
+
+    def set_run(self, run: flower.Run) -> None:
+        """Pass on."""
+        self._inner.set_run(run)
+
+    @property
+    def run(self) -> flower.Run:
+        """The inner grid's run."""
+        return self._inner.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Deprecated by Flower: use ``Message(...)``."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def changed_states(self) -> dict[int, RecordDict]:
+        """Nothing: what clients keep stays where they are (`fedsim.runtime.keeping`)."""
+        return {}
+
+    def load_states(self, states: Mapping[int, RecordDict]) -> None:
+        """Nothing to do: clients have their own state."""
