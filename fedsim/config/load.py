@@ -194,22 +194,24 @@ def _mend(tables: dict[str, Any], path: Path) -> None:
 def _trial_faults(experiment: Experiment) -> Iterator[Found]:
     """Faults that a value of `[sweep]`, `[tune]` or a strategy's `tune` would bring."""
     tables = {k: v for k, v in document(experiment).items() if k not in ("sweep", "tune")}
-    known = {(path, problem) for path, problem, _ in _judge(tables)[0]}
+    usual = {(path, problem) for path, problem, _ in _judge(tables)[0]}
+    told: set[Found] = set()
     for place, path, value in _trials(experiment):
         trial = copy.deepcopy(tables)
+        new: list[Found] = []
         try:
             _check_variable(place, path)
             assign(trial, path, value)
         except ValueError as error:
-            if (path, str(error)) not in known:
-                known.add((path, str(error)))
-                yield place[:-1], str(error), ""
-            continue
-        for at, problem, given in _judge(trial)[0]:
-            mark = (place[:3] + at[2:], problem)  # a shared grid's fault: once, not per strategy
-            if not known & {mark, (at, problem)}:
-                known.add(mark)
-                yield place, f"{_key(at, trial)}: {problem}", given
+            new.append((place[:-1], str(error), ""))
+        for at, problem, given in () if new else _judge(trial)[0]:
+            if (at, problem) not in usual:
+                whole = problem.startswith(("unknown key", "unknown parameter"))
+                shared = place[0] == "tune" and at[2:3] == ("train",)  # alike for every strategy
+                text = f"{dotted(at[2:]) if shared else _key(at, trial)}: {problem}"
+                new.append((place[:-1], text, "") if whole else (place, text, given))
+        yield from (fault for fault in new if fault not in told)
+        told.update(new)
 
 
 def _trials(experiment: Experiment) -> Iterator[tuple[Path, Path, Any]]:

@@ -323,13 +323,13 @@ class SweepConfig(Section):
 
 def _labels(strategies: list[StrategyConfig]) -> list[StrategyConfig]:
     seen: dict[str, str] = {}
-    for s in strategies:
-        other = seen.setdefault(slug(s.label), s.label)
-        if other is not s.label:
+    for label in (s.label for s in strategies):
+        if (key := slug(label)) in seen:
             raise ValueError(
-                f"labels must be unique (letter case and punctuation aside), {s.label!r} and "
-                f"{other!r} are not; give one of them another label"
+                f"labels must be unique (letter case and punctuation aside), {label!r} and "
+                f"{seen[key]!r} are not; give one of them another label"
             )
+        seen[key] = label
     return strategies
 
 
