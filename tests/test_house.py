@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -220,6 +223,20 @@ def test_core_list_of_the_architecture_is_complete() -> None:
     rooms = {p.parent.name for p in (ROOT / "fedsim").glob("*/__init__.py")}
     rooms |= {p.stem for p in (ROOT / "fedsim").glob("*.py")} - {"__init__", "__main__"}
     assert rooms <= placed
+
+
+def test_flower_app_bundle_has_what_runs_and_nothing_else(tmp_path: Path) -> None:
+    """What `flwr run .` sends to every device."""
+    flwr = Path(sys.executable).with_name("flwr")
+    build = [flwr, "build", "--app", ROOT]
+    subprocess.run(build, cwd=tmp_path, env=os.environ | {"FLWR_HOME": str(tmp_path)}, check=True)
+    (bundle,) = tmp_path.glob("*.fab")
+    with zipfile.ZipFile(bundle) as z:
+        names = z.namelist()
+    assert {"fedsim/server_app.py", "clients/app.py", "pyproject.toml", "README.md"} <= set(names)
+    tops = {n.split("/")[0] for n in names}
+    assert tops <= {*OURS, "experiments", "pyproject.toml", "README.md", "LICENSE", ".info"}
+    assert bundle.stat().st_size < 2_000_000
 
 
 # ------------------------------------------------------------------------ every algorithm
