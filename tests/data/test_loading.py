@@ -66,6 +66,13 @@ def test_nobody_trains_on_what_judges(clients, test_fraction, central, heldout, 
     assert ((held >= 0) & (held < data.num_clients)).all()
 
 
+def test_every_client_keeps_an_example_to_train_on():
+    data = load(config("digits", clients=700, test_fraction=0.9), 0)
+    assert data.train.lengths.tolist() == [1] * 700
+    alone = load(config("digits", clients=1527, test_fraction=0.9, min_examples=1), 0)
+    assert not len(alone.test.values)
+
+
 def test_planted_clients_are_tested_as_they_are_trained():
     plain = load(config("digits", clients=12), 3)
     data = load(config("digits", partition="planted", clients=12), 3)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import numpy as np
 import pytest
 from hypothesis import given, reject, settings
@@ -303,3 +306,18 @@ def test_ragged(lists, data):
         assert [taken[i].tolist() for i in range(len(taken))] == [lists[c] for c in chosen]
     with pytest.raises(IndexError):
         ragged[len(lists)]
+
+
+def test_what_is_cached_depends_on_the_labels(dataset, deal):
+    for data_seed in (1, 2):
+        raw = dataset(120, 4, seed=data_seed)
+        parts = deal("pathological", raw, 4, num_classes_per_partition=1).clients
+        assert all(len(np.unique(raw.fields["y"][parts[i]])) == 1 for i in range(4))
+
+
+def test_what_is_cached_depends_on_what_a_users_function_gives(dataset, deal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mine", ModuleType("mine"))
+    for sizes in ([1.0, 3.0], [3.0, 1.0]):
+        monkeypatch.setattr("mine.sizes", lambda ids, sizes=sizes: np.array(sizes), raising=False)
+        lengths = deal("id_to_size", dataset(80), 2, function="mine:sizes").clients.lengths
+        assert lengths.tolist() == [20 * s for s in sizes]
