@@ -78,11 +78,10 @@ def _apart(y: Floats, heights: Floats) -> Floats:
     return np.asarray(isotonic_regression(y - offsets).x) + offsets
 
 
-def rows(
-    labels: Sequence[str], *, right: float = 24, top: float = 14, row: float = 40
-) -> tuple[Figure, Axes]:
+def rows(labels: Sequence[str], *, right: float = 24, top: float = 14) -> tuple[Figure, Axes]:
     """A canvas with one named row for each label, the first on top, and room for a bar below."""
     left = room(labels, 40) + 14
+    row = min(64.0, max(36.0, 260 / len(labels)))
     height = top + 46 + row * len(labels)
     figure, axes = style.canvas(height, left, right, top, 46)
     axes.set_ylim(len(labels) - 0.4, -0.55)
@@ -118,6 +117,8 @@ def byte_axis(axes: Axes, low: float, high: float) -> None:
 def y_limits(axes: Axes, values: Floats) -> None:
     """Limits around finite values, logarithmic where they span more than a factor of fifty."""
     values = values[np.isfinite(values)]
+    if not len(values):
+        return
     low, high = float(values.min()), float(values.max())
     if low > 0 and high / low > 50:
         axes.set_yscale("log")

@@ -12,34 +12,27 @@ from fedsim.results import axes as ax
 from fedsim.results import style, words
 from fedsim.results.blocks import Picture
 from fedsim.results.groups import Runs
-from fedsim.results.statistics import Interval, Pair
+from fedsim.results.statistics import Pair, by_size
 
 
 def differences(runs: Runs, pairs: Sequence[Pair], column: str) -> Picture | None:
     """Paired differences with their intervals, the better strategy of each pair named first."""
-    shown = [
+    drawn = [
         (pair, pair.difference)
-        for pair in pairs
+        for pair in by_size(pairs)
         if pair.difference is not None and np.isfinite(pair.difference.mean)
     ]
-    if not shown:
+    if not drawn:
         return None
-    drawn = []
-    for pair, d in shown:
-        swap = (d.mean < 0) == pair.higher_is_better
-        first, second = (pair.b, pair.a) if swap else (pair.a, pair.b)
-        low, high = (d.low, d.high) if not swap or d.low is None else (-(d.high or 0.0), -d.low)
-        drawn.append((first, second, Interval(-d.mean if swap else d.mean, low, high, d.n), pair))
-    drawn.sort(key=lambda item: -abs(item[2].mean))
-    told = "; ".join(f"{a} − {b}: {words.signed(d.mean, 3)}" for a, b, d, _ in drawn)
+    told = "; ".join(f"{p.a} − {p.b}: {words.signed(d.mean, 3)}" for p, d in drawn)
     name = words.name(column)
     alt = f"Paired differences of the final {name} with 95 % CI. {told}."
-    names = [f"{a} −\n{b}" if len(a) + len(b) > 14 else f"{a} − {b}" for a, b, *_ in drawn]
+    names = [f"{p.a} −\n{p.b}" if len(p.a + p.b) > 14 else f"{p.a} − {p.b}" for p, _ in drawn]
     with style.drawing():
-        figure, axes = ax.rows(names, row=36, right=92)
+        figure, axes = ax.rows(names, right=92)
         axes.axvline(0, color=style.INK[0], linewidth=1)
-        for i, (first, _, d, pair) in enumerate(drawn):
-            shade = style.colour(runs.colour(first)) if pair.significant else style.MUTED[0]
+        for i, (pair, d) in enumerate(drawn):
+            shade = style.colour(runs.colour(pair.a)) if pair.significant else style.MUTED[0]
             ax.interval_bar(axes, d, i, shade)
             told = f"p = {words.p_value(pair.p_holm)}".replace("= <", "<")
             axes.annotate(
@@ -69,7 +62,7 @@ def matrix(runs: Runs, pairs: Sequence[Pair], column: str) -> Picture | None:
     alt = f"Matrix of differences of the final {name}. Significant: {', '.join(better) or 'none'}."
     digits = words.decimals(p.difference for p in pairs)
     with style.drawing():
-        left, cell = ax.room(labels) + 12, 44
+        left, cell = ax.room(labels) + 12, min(66.0, max(44.0, 264 / k))
         top = ax.LINE * max(ax.wrap(b, 10).count("\n") + 1 for b in labels) + 10
         figure, axes = style.canvas(top + cell * k + 8, left, 8, top, 8)
         axes.set(xlim=(0, k), ylim=(k, 0))

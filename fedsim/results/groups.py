@@ -39,7 +39,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as dotted keys; the level `params` of a component vanishes, as in the TOML."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
-        path = prefix if key == "params" and prefix else f"{prefix}.{key}" if prefix else key
+        path = prefix if key == "params" else f"{prefix}.{key}" if prefix else key
         if isinstance(item, Mapping) and (item or key == "params"):
             flat |= flatten(item, path)
         else:

@@ -124,9 +124,9 @@ def curves(
         ]
         ax.label_ends(axes, last)
         picture = style.svg(figure, alt)
-    band = "; bands: 95 % confidence interval" if len(runs.seeds) > 1 else ""
+    band = ", mean over seeds; bands: 95 % confidence interval" if len(runs.seeds) > 1 else ""
     line = "; dashed: the target" if target is not None else ""
-    caption = f"{_capital(name)} against {_AXES[axis]}, mean over seeds{band}{line}."
+    caption = f"{_capital(name)} against {_AXES[axis]}{band}{line}."
     return Picture(f"{words.slug(column)}-{axis}", picture, alt, caption)
 
 
@@ -181,7 +181,7 @@ def clients_ecdf(runs: Runs) -> Picture | None:
             share = np.arange(1, len(values) + 1) / len(values)
             keep = np.unique(np.linspace(0, len(values) - 1, POINTS).round().astype(int))
             axes.plot(
-                values[keep], share[keep], drawstyle="steps-post", label=ax.wrap(label, 30),
+                values[keep], share[keep], drawstyle="steps-post", label=_shown_label(label),
                 color=style.colour(index), linestyle=style.dash(index), linewidth=1.8,
             )  # fmt: skip
         axes.set_ylim(0, 1)
@@ -215,7 +215,7 @@ def clients_spread(runs: Runs) -> Picture | None:
     told = ", ".join(f"{k} {s['worst10']:.3g} to {s['best10']:.3g}" for k, s in found.items())
     alt = f"Range of {column} over clients, worst tenth to best tenth: {told}."
     with style.drawing():
-        figure, axes = ax.rows(list(pooled), row=36)
+        figure, axes = ax.rows(list(pooled))
         for i, (label, values) in enumerate(pooled.items()):
             shade, s = style.colour(runs.colour(label)), found[label]
             quarter, half = np.quantile(values, [0.25, 0.75])
@@ -299,6 +299,11 @@ def _pooled(runs: Runs, label: str, column: str) -> Floats:
     values = [facts(runs, run).values(column) for run in runs.of(label)]
     pooled = np.sort(np.concatenate(values))
     return pooled[np.isfinite(pooled)]
+
+
+def _shown_label(label: str) -> str:
+    """A label that a legend shows, even if it starts with an underscore."""
+    return ("\u200b" if label.startswith("_") else "") + ax.wrap(label, 30)
 
 
 def _arrow(column: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
@@ -162,6 +162,16 @@ class Pair:
             return None
         return self.a if (self.difference.mean > 0) == self.higher_is_better else self.b
 
+    def better_first(self) -> Pair:
+        """The same pair, the strategy with the better mean named first."""
+        d = self.difference
+        if d is None or (d.mean >= 0) == self.higher_is_better or math.isnan(d.mean):
+            return self
+        low, high = (None, None) if d.low is None or d.high is None else (-d.high, -d.low)
+        effect = None if self.effect_size is None else -self.effect_size
+        turned = Interval(-d.mean, low, high, d.n)
+        return replace(self, a=self.b, b=self.a, difference=turned, effect_size=effect)
+
     @property
     def verdict(self) -> str:
         """The result in words."""
@@ -214,6 +224,14 @@ def compare(
         )
         for i, (a, b) in enumerate(couples)
     ]
+
+
+def by_size(pairs: Iterable[Pair]) -> list[Pair]:
+    """Pairs, each with the better strategy first, in falling order of their differences."""
+    return sorted(
+        (pair.better_first() for pair in pairs),
+        key=lambda p: -abs(p.difference.mean) if p.difference is not None else math.inf,
+    )
 
 
 def first_reached(values: Floats, target: float, higher_is_better: bool) -> int | None:

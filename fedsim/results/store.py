@@ -178,7 +178,7 @@ class Run:
     def cumulative(self, *names: str) -> Floats:
         """Running total over the rounds of the sum of some columns; a null counts as nothing."""
         total = np.zeros(self.rounds.num_rows)
-        for name in set(names) & set(self.rounds.column_names):
+        for name in (name for name in names if name in self.rounds.column_names):
             total += self.rounds[name].cast(pa.float64()).fill_null(0.0).to_numpy()
         return np.cumsum(total)
 

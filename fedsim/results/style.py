@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
@@ -51,7 +52,7 @@ _STYLE: dict[Any, Any] = {
     "axes.labelcolor": MUTED[0],
     "axes.labelsize": 12.0,
     "axes.labelpad": 5.0,
-    "axes.unicode_minus": True,
+    "text.parse_math": False,
     "grid.color": FAINT[0],
     "grid.linewidth": 0.6,
     "xtick.color": MUTED[0],
@@ -85,7 +86,8 @@ def weight(strong: bool) -> str:
 @contextmanager
 def drawing() -> Iterator[None]:
     """Draw in our style, whatever the user's matplotlibrc says; then restore it."""
-    with mpl.rc_context():
+    with mpl.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the reader's fonts may well have it
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)
         yield

@@ -143,7 +143,7 @@ def _summarise(runs: Runs, test: Test) -> Summary:
 
 def _own_target(runs: Runs, finals: Mapping[str, Mapping[int, float]]) -> float | None:
     """The first strategy's mean final value, rounded: the number shown is the number used."""
-    for label in runs.compared:
+    for label in runs.compared if len(finals) > 1 else []:
         mean = mean_interval(finals.get(label, {}).values())
         if mean is not None and math.isfinite(mean.mean):
             return float(f"{mean.mean:.3g}")
