@@ -1,0 +1,325 @@
+# mypy: disable-error-code="no-untyped-def, call-arg"
+"""The directions compiled by numba for the CPU: the fast path (extra `fast`).
+
+Each kernel walks its part of the vector once, in chunks that stay in the first-level cache, and
+adds all directions to a chunk before it touches the next. The loops are branch-free, so that LLVM
+turns Philox, Box-Muller and the sign tricks into vector code; nothing allows it to reorder or
+contract float operations, so the bits are those of `arrays`. Kernels release the GIL, and threads
+are the caller's: numba's own parallel loops may not be entered from several threads at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from . import layout
+from .layout import CHUNK, GAUSSIAN, RADEMACHER, RADEMACHER32, TRUNCATED, Plan
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+f32, i32, u32, u64 = np.float32, np.int32, np.uint32, np.uint64
+M0, M1 = u64(layout.MULTIPLIERS[0]), u64(layout.MULTIPLIERS[1])
+W0, W1 = u64(layout.WEYL[0]), u64(layout.WEYL[1])
+LOW, WORD = u64(layout.MASK), u64(32)
+SQRT_HALF, TWO_LN2 = i32(layout.SQRT_HALF_BITS), f32(layout.TWO_LN2)
+TINY, HALF_TURN = f32(2.0**-32), f32(2.0**-29)
+SIGN, ONE = u32(1 << 31), u32(0x3F800000)
+QUARTER, TURN = u32(1 << 30), u32(2**29 + 1)
+L0, L1, L2, L3, L4, L5, L6, L7, L8 = (f32(c) for c in layout.LOG)
+S0, S1, S2, S3 = (f32(c) for c in layout.SIN)
+C0, C1, C2, C3, C4 = (f32(c) for c in layout.COS)
+TAGS = np.array(layout.TAGS, dtype=np.uint64)
+
+
+def _jit(function: F) -> F:
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder can be written to: compile in each process
+        return njit(**options)(function)
+
+
+@intrinsic
+def _wide(typing_context: Any) -> Any:
+    """Ask LLVM for 512-bit vectors where there are any: twice as fast here (it prefers 256)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if isinstance(builder.function.attributes, set):
+            set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.none(), generate
+
+
+@_jit
+def philox(key, first, count, stream, tag, words):
+    """Write the four words of counters ``first .. first + count`` to uint64 `words` [2 count]."""
+    _wide()
+    stream &= LOW
+    tag &= LOW
+    for n in range(count):
+        i = first + u64(n)
+        x0, x1, x2, x3 = i & LOW, i >> WORD, stream, tag
+        k0, k1 = key & LOW, key >> WORD
+        for _ in range(layout.ROUNDS):
+            p0, p1 = M0 * x0, M1 * x2
+            x0, x1, x2, x3 = (p1 >> WORD) ^ x1 ^ k0, p1 & LOW, (p0 >> WORD) ^ x3 ^ k1, p0 & LOW
+            k0, k1 = (k0 + W0) & LOW, (k1 + W1) & LOW
+        words[2 * n] = x0 | (x1 << WORD)
+        words[2 * n + 1] = x2 | (x3 << WORD)
+
+
+@_jit
+def _gaussian(words, z):
+    """Box-Muller on pairs of words (uint32 [n]) into `z` (float32 [n])."""
+    _wide()
+    for n in range(len(words) // 2):
+        x, y = words[2 * n], u32(words[2 * n + 1] + TURN)
+        i = f32(f32(x) + f32(1)).view(i32)
+        e = i32(i - SQRT_HALF) >> i32(23)
+        f = i32(i - (e << i32(23))).view(f32) - f32(1)
+        if e == 32:
+            f = f32(u32(~x)) * -TINY
+        p = (((((((L8 * f + L7) * f + L6) * f + L5) * f + L4) * f + L3) * f + L2) * f + L1) * f + L0
+        r = f32(math.sqrt(f32(i32(32) - e) * TWO_LN2 + f * p)).view(u32)
+        s = f32(i32(i32(y & (QUARTER - u32(1))) - i32(1 << 29))) * HALF_TURN
+        h = s * s
+        sin = (((S3 * h + S2) * h + S1) * h + S0) * s
+        cos = (((C4 * h + C3) * h + C2) * h + C1) * h + C0
+        odd = (y & QUARTER) != u32(0)
+        a, b = (sin, cos) if odd else (cos, sin)
+        z[2 * n] = u32(r ^ u32(u32(y + QUARTER) & SIGN)).view(f32) * a
+        z[2 * n + 1] = u32(r ^ u32(y & SIGN)).view(f32) * b
+
+
+@_jit
+def _uniform(words, z):
+    _wide()
+    for n in range(len(words)):
+        odd = i32(i32(words[n] >> u32(8)) - i32(1 << 23)) * i32(2) + i32(1)
+        z[n] = f32(i32(odd)) * f32(2.0**-24)
+
+
+@_jit
+def _truncated(z, series):
+    _wide()
+    p0, p1, p2, p3, p4, p5 = series[0], series[1], series[2], series[3], series[4], series[5]
+    p6, p7, p8, p9, p10, p11 = series[6], series[7], series[8], series[9], series[10], series[11]
+    for n in range(len(z)):
+        s = z[n]
+        h = s * s
+        p = (((((p11 * h + p10) * h + p9) * h + p8) * h + p7) * h + p6) * h + p5
+        p = s * (((((p * h + p4) * h + p3) * h + p2) * h + p1) * h + p0)
+        p = f32(1) if p > f32(1) else p
+        z[n] = f32(-1) if p < f32(-1) else p
+
+
+@_jit
+def _signs(words, c, out):
+    """Add c times 32 signs a word to `out` [32 words]."""
+    _wide()
+    if out.itemsize == 4:
+        bits = f32(c).view(u32)
+        for n in range(len(words)):
+            for j in range(32):
+                bit = u32(words[n] << u32(31 - j)) & SIGN
+                out[32 * n + j] += u32(bits ^ bit).view(f32)
+    else:
+        for n in range(len(words)):
+            for j in range(32):
+                bit = u32(words[n] << u32(31 - j)) & SIGN
+                out[32 * n + j] += c * u32(ONE ^ bit).view(f32)
+
+
+@_jit
+def _bit(words, lane, c, out):
+    """Add c times the sign in bit `lane` of each word to `out`."""
+    _wide()
+    mask = u32(1) << u32(lane)
+    for n in range(len(words)):
+        out[n] += -c if u32(words[n] & mask) else c
+
+
+@_jit
+def _axpy(c, z, out):
+    _wide()
+    for n in range(len(z)):
+        out[n] += c * z[n]
+
+
+@_jit
+def _table(c, table):
+    """The 256 signed sums of each eight of 32 coefficients: `table` [4, 256]."""
+    _wide()
+    for byte in range(4):
+        row = table[byte]
+        row[0], row[1] = c[8 * byte], -c[8 * byte]
+        for j in range(1, 8):
+            x, half = c[8 * byte + j], 1 << j
+            for v in range(half):
+                row[half + v] = row[v] - x
+                row[v] += x
+
+
+@_jit
+def _look_up(words, table, out):
+    _wide()
+    t0, t1, t2, t3 = table[0], table[1], table[2], table[3]
+    byte = u32(255)
+    for n in range(len(words)):
+        w = words[n]
+        out[n] += (t0[w & byte] + t1[(w >> u32(8)) & byte]) + (
+            t2[(w >> u32(16)) & byte] + t3[w >> u32(24)]
+        )
+
+
+@_jit
+def _direction(basis, seed, fresh, base, count, stream, series, words, z):
+    """Elements ``base .. base + count`` (multiples of 128) of one direction into `z` [count]."""
+    w32 = words.view(u32)[:count]
+    tag = TAGS[basis]
+    if basis == RADEMACHER:
+        philox(seed, u64(base // 128), count // 128, stream, tag, words)
+        z[:] = f32(0)
+        _signs(w32[: count // 32], f32(1), z)
+    elif basis == RADEMACHER32:  # neighbours in a pool share their words: `fresh` says whether
+        if fresh:
+            philox(seed >> u64(5), u64(base // 4), count // 4, stream, tag, words)
+        z[:] = f32(0)
+        _bit(w32, i32(seed & u64(31)), f32(1), z)
+    else:
+        philox(seed, u64(base // 4), count // 4, stream, tag, words)
+        if basis == GAUSSIAN:
+            _gaussian(w32, z)
+        else:
+            _uniform(w32, z)
+            if basis == TRUNCATED:
+                _truncated(z, series)
+
+
+@_jit
+def _combine(w, index, basis, stream, seeds, coefficients, series, words, z, total):
+    end, low = index + len(w), index
+    while low < end:
+        high = min(end, low - low % CHUNK + CHUNK)
+        base = low - low % 128
+        count = (high - base + 127) // 128 * 128
+        out = total[:count]
+        out[:] = 0
+        for k in range(len(seeds)):
+            if basis == RADEMACHER:
+                philox(seeds[k], u64(base // 128), count // 128, stream, TAGS[RADEMACHER], words)
+                _signs(words.view(u32)[: count // 32], coefficients[k], out)
+            else:
+                _direction(basis, seeds[k], True, base, count, stream, series, words, z[:count])
+                _axpy(coefficients[k], z[:count], out)
+        _axpy(f32(1), out[low - base : high - base], w[low - index : high - index])
+        low = high
+
+
+@_jit
+def _combine_groups(w, index, stream, groups, coefficients, words, table, total):
+    end, low = index + len(w), index
+    while low < end:
+        high = min(end, low - low % CHUNK + CHUNK)
+        base = low - low % 128
+        count = (high - base + 127) // 128 * 128
+        out = total[:count]
+        out[:] = 0
+        for g in range(len(groups)):
+            c = coefficients[g]
+            philox(groups[g], u64(base // 4), count // 4, stream, TAGS[RADEMACHER32], words)
+            w32 = words.view(u32)[:count]
+            used, lane = 0, 0
+            for j in range(32):
+                if c[j] != 0:
+                    used, lane = used + 1, j
+            if used == 1:
+                _bit(w32, i32(lane), c[lane], out)
+            else:
+                _table(c, table)
+                _look_up(w32, table, out)
+        _axpy(f32(1), out[low - base : high - base], w[low - index : high - index])
+        low = high
+
+
+@_jit
+def _dots(delta, index, basis, stream, seeds, series, words, z, product, fold, result):
+    end, low = index + len(delta), index
+    while low < end:
+        high = min(end, low - low % CHUNK + CHUNK)
+        base = low - low % 128
+        count = (high - base + 127) // 128 * 128
+        product[:] = 0
+        for k in range(len(seeds)):
+            fresh = k == 0 or seeds[k] >> u64(5) != seeds[k - 1] >> u64(5)
+            _direction(basis, seeds[k], fresh, base, count, stream, series, words, z[:count])
+            _multiply(delta[low - index : high - index], z[low - base :], product[low % CHUNK :])
+            result[k] += _fold(product, fold)
+        low = high
+
+
+@_jit
+def _multiply(x, y, out):
+    _wide()
+    for n in range(len(x)):
+        out[n] = x[n] * y[n]
+
+
+@_jit
+def _fold(x, fold):
+    """Sum of x [2048] by halves, three halvings at a time through `fold` [292]."""
+    _eighth(x, fold[:256])
+    _eighth(fold[:256], fold[256:288])
+    _eighth(fold[256:288], fold[288:])
+    return (fold[288] + fold[290]) + (fold[289] + fold[291])
+
+
+@_jit
+def _eighth(x, out):
+    _wide()
+    m = len(out)
+    a, b, c, d = x[:m], x[m : 2 * m], x[2 * m : 3 * m], x[3 * m : 4 * m]
+    e, f, g, h = x[4 * m : 5 * m], x[5 * m : 6 * m], x[6 * m : 7 * m], x[7 * m :]
+    for n in range(m):
+        out[n] = ((a[n] + e[n]) + (c[n] + g[n])) + ((b[n] + f[n]) + (d[n] + h[n]))
+
+
+def combine(w: NDArray[Any], index: int, plan: Plan) -> None:
+    """Add the combination to `w` [n] in place; `index` is the flat number of its first element."""
+    words, total = _scratch(CHUNK // 2, np.uint64), _scratch(CHUNK, w.dtype)
+    stream = u64(plan.stream)
+    if plan.basis == RADEMACHER32:
+        table = _scratch(4 * 256, w.dtype).reshape(4, 256)
+        _combine_groups(w, index, stream, plan.seeds, plan.coefficients, words, table, total)
+    else:
+        z = _scratch(CHUNK, np.float32)
+        _combine(
+            *(w, index, plan.basis, stream, plan.seeds, plan.coefficients, plan.series),
+            *(words, z, total),
+        )
+
+
+def dots(delta: NDArray[Any], index: int, plan: Plan, total: NDArray[np.float64]) -> None:
+    """Add the dot products of `delta` [n] with every direction to `total` [K], float64."""
+    words, z = _scratch(CHUNK // 2, np.uint64), _scratch(CHUNK, np.float32)
+    product = _scratch(CHUNK, delta.dtype)
+    _dots(
+        *(delta, index, plan.basis, u64(plan.stream), plan.seeds, plan.series),
+        *(words, z, product, _scratch(292, delta.dtype), total),
+    )
+
+
+def _scratch(count: int, dtype: Any) -> NDArray[Any]:
+    """An array on a 64-byte boundary: vectors that straddle cache lines cost 6 %."""
+    size = count * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, dtype=np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype)
