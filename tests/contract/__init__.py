@@ -1,0 +1,1 @@
+"""What every strategy must satisfy: one row of `rows.ROWS` each, one file for each clause."""

@@ -1,0 +1,162 @@
+"""The table of the contract: a new strategy gets every test of this folder by adding a row.
+
+A row names a strategy as an experiment file would. Files beside this one take `ROWS` (every
+strategy) and `PAIRS` (algorithms that must agree with simpler ones), and may be added to: a test
+that parametrises over `ROWS` holds for every strategy there is and will be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from fedsim.config import StrategyConfig
+from fedsim.federation import Federation
+from tests.contract import toy
+
+
+@dataclass(frozen=True)
+class Row:
+    """A strategy with parameters, on a toy model.
+
+    Attributes:
+        strategy: name of the strategy, as in ``[[strategy]] name = ...``.
+        params: its parameters.
+        model: kind of toy model (`toy.module`).
+        train: keys of ``[train]`` that differ.
+        optimises: the server adds momentum or a step of its own, so that identical replies do not
+            give that reply back.
+        rounding: relative difference to allow where an equality holds up to rounding: 0 for
+            strategies that sum models in float64, more for those that add float32 updates.
+        fewest: fewest replies that the strategy aggregates.
+    """
+
+    strategy: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    model: str = "softmax"
+    train: Mapping[str, Any] = field(default_factory=dict)
+    optimises: bool = False
+    rounding: float = 0.0
+    fewest: int = 1
+
+    @property
+    def id(self) -> str:
+        """Name of the row in reports."""
+        params = "".join(f"-{k}={v}" for k, v in self.params.items())
+        return f"{self.strategy}{params}{'' if self.model == 'softmax' else '-' + self.model}"
+
+    @property
+    def entry(self) -> StrategyConfig:
+        """The row as it stands in an experiment."""
+        return StrategyConfig(name=self.strategy, params=dict(self.params), train=dict(self.train))
+
+    def federation(self, **options: Any) -> Federation:
+        """A toy federation with this strategy; `options` are those of `toy.federation`."""
+        return toy.federation(self.entry, **{"model": self.model, **options})
+
+
+ULP = 1e-6
+"""What float32 sums of seven numbers may differ by."""
+
+ROWS = [
+    Row("fedavg"),
+    Row("fedavg", model="bn"),
+    Row("fedavg", {"server_lr": 0.5, "weighted": False}, optimises=True),
+    Row("fedprox", {"mu": 0.1}),
+    Row("scaffold"),
+    Row("scaffold", model="bn"),
+    Row("fedld", rounding=ULP),
+    Row("fedld", {"margin_form": "logit", "first_round": "principal"}, rounding=ULP),
+    Row("fedld", model="bn", rounding=ULP),
+    Row("fedld_official", model="bn", train={"momentum": 0.5, "epochs": 2}, rounding=ULP),
+    Row("fedavgm", optimises=True),
+    Row("fedadam", {"eta": 0.01}, optimises=True),
+    Row("fedadam", {"eta": 0.01}, model="bn", optimises=True),
+    Row("fedyogi", optimises=True),
+    Row("fedadagrad", {"eta": 0.01}, optimises=True),
+    Row("fedmedian", rounding=ULP),
+    Row("fedtrimmedavg", rounding=ULP),
+    Row("krum", {"num_malicious_nodes": 1}, rounding=ULP),
+    Row("multikrum", {"num_malicious_nodes": 1, "num_nodes_to_select": 3}, rounding=ULP),
+    Row("multikrum", {"num_nodes_to_select": 3}, model="bn", rounding=ULP),
+    Row("bulyan", {"num_malicious_nodes": 1}, rounding=ULP, fewest=7),
+]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two algorithms that must agree.
+
+    Attributes:
+        one: the algorithm with degenerate parameters.
+        other: the simpler algorithm it becomes.
+        rounds: for how many rounds they agree.
+        options: of `toy.federation`, for both.
+        tolerance: relative difference allowed; 0: the same bits.
+    """
+
+    one: Row
+    other: Row
+    rounds: int = 3
+    options: Callable[[], Mapping[str, Any]] = dict
+    tolerance: float = 0.0
+
+    @property
+    def id(self) -> str:
+        """Name of the pair in reports."""
+        return f"{self.one.id}~{self.other.id}"
+
+
+UNIFORM = Row("fedavg", {"weighted": False})
+FAR = 1e6
+"""Adaptivity so small that the server's optimizer is plain gradient ascent."""
+
+
+def _equal() -> dict[str, Any]:
+    return {"data": toy.federated(toy.EQUAL)}
+
+
+def _identical() -> dict[str, Any]:
+    """Every client has the same examples, and takes them all at once."""
+    return {
+        "data": toy.federated(toy.EQUAL, identical=True),
+        "train": {"batch_size": 8, "epochs": 2},
+    }
+
+
+def _one_client() -> dict[str, Any]:
+    return {"data": toy.federated(toy.SIZES[:1])}
+
+
+def _far(**params: float) -> dict[str, float]:
+    return {"eta": FAR, "tau": FAR, **params}
+
+
+PAIRS = [
+    Pair(Row("fedprox", {"mu": 0}), Row("fedavg")),
+    Pair(Row("fedavg", {"server_lr": 1}), Row("fedavg")),
+    Pair(UNIFORM, Row("fedavg"), options=_equal),
+    Pair(Row("scaffold"), UNIFORM, rounds=1),
+    Pair(Row("scaffold", {"weighted": True}), Row("fedavg"), rounds=1),
+    Pair(Row("fedld", {"margin_lambda": 0}), UNIFORM, rounds=1, tolerance=ULP),
+    Pair(Row("fedld", {"margin_lambda": 0, "rho": 0.3}), UNIFORM, options=_identical,
+         tolerance=ULP),
+    Pair(Row("fedld", {"margin_lambda": 0, "rho": 0.3}), UNIFORM, options=_one_client,
+         tolerance=ULP),
+    Pair(Row("fedavgm", {"server_momentum": 0}), Row("fedavg"), tolerance=ULP),
+    Pair(Row("fedadam", _far(beta_1=0, beta_2=0)), Row("fedavg"), tolerance=1e-4),
+    Pair(Row("fedyogi", _far(beta_1=0)), Row("fedavg"), tolerance=1e-4),
+    Pair(Row("fedadagrad", _far()), Row("fedavg"), tolerance=1e-4),
+    Pair(Row("fedtrimmedavg", {"beta": 0}), UNIFORM, tolerance=ULP),
+    Pair(Row("multikrum", {"num_nodes_to_select": 7}), Row("fedavg"), tolerance=ULP),
+    Pair(Row("multikrum", {"num_nodes_to_select": 1}), Row("krum")),
+    Pair(Row("bulyan"), UNIFORM, tolerance=ULP),
+]  # fmt: skip
+
+
+def every(rows: list[Row] = ROWS) -> pytest.MarkDecorator:
+    """Parametrise a test over rows, as its argument `row`."""
+    return pytest.mark.parametrize("row", rows, ids=[r.id for r in rows])
