@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
@@ -31,6 +32,10 @@ _SOUND: dict[Path, Any] = {
     ("sweep", "values"): [0.1],
 }
 """Stand-ins for missing or faulty values whose absence would be, or would seem, another fault."""
+MAX_FAULTS = 100
+"""So many faults of one sort are told; more help nobody."""
+MAX_TRIALS = 1000
+"""So many values of grids and sweeps are checked beforehand, so that checking stays quick."""
 _VARIABLE = ("cohort", "clock", "data", "evaluate", "experiment", "model", "strategy", "train")
 """Sections whose keys a sweep can change."""
 _FIXED = frozenset(StrategyConfig.model_fields) - {"train"}
@@ -148,7 +153,7 @@ def _judge(tables: dict[str, Any]) -> tuple[list[Found], Experiment | None]:
     """
     found: list[Found] = []
     sound = copy.deepcopy(tables)
-    for path, problem in unfit(tables):
+    for path, problem in islice(unfit(tables), MAX_FAULTS):
         found.append((path, problem, shown(look(tables, path))))
         _mend(sound, path)
     experiment = None
@@ -157,11 +162,12 @@ def _judge(tables: dict[str, Any]) -> tuple[list[Found], Experiment | None]:
             experiment = Experiment.model_validate(sound)
             break
         except ValidationError as error:
-            for fault in problems(error):
+            for fault in islice(problems(error), MAX_FAULTS):
                 found += [fault] * (fault not in found)
                 _mend(sound, fault[0])
     known = {path for path, _, _ in found}
-    return found + [f for f in component_faults(tables) if f[0] not in known], experiment
+    named = islice(component_faults(tables), MAX_FAULTS)
+    return found + [fault for fault in named if fault[0] not in known], experiment
 
 
 def _mend(tables: dict[str, Any], path: Path) -> None:
@@ -172,7 +178,7 @@ def _mend(tables: dict[str, Any], path: Path) -> None:
     if path[0] == "strategy" and len(path) > 1:
         number = path[1]
         label = f"strategy {number}"
-        if len(path) == 2:
+        if len(path) == 2 or not isinstance(tables["strategy"][number], dict):
             tables["strategy"][number] = {"name": "fedavg", "label": label}
         elif path[2] == "label":
             tables["strategy"][number]["label"] = label
@@ -194,18 +200,21 @@ def _mend(tables: dict[str, Any], path: Path) -> None:
 def _trial_faults(experiment: Experiment) -> Iterator[Found]:
     """Faults that a value of `[sweep]`, `[tune]` or a strategy's `tune` would bring."""
     tables = {k: v for k, v in document(experiment).items() if k not in ("sweep", "tune")}
-    usual = {(path, problem) for path, problem, _ in _judge(tables)[0]}
+    usual = {(_key(path, tables), problem) for path, problem, _ in _judge(tables)[0]}
     told: set[Found] = set()
-    for place, path, value in _trials(experiment):
-        trial = copy.deepcopy(tables)
-        new: list[Found] = []
+    for place, path, value in islice(_trials(experiment), MAX_TRIALS):
+        trial, new = tables, list[Found]()
+        if path[0] == "strategy":  # the others do not change
+            trial = {**tables, "strategy": [tables["strategy"][path[1]]]}
+            path = ("strategy", 0, *path[2:])
+        trial = copy.deepcopy(trial)
         try:
             _check_variable(place, path)
             assign(trial, path, value)
         except ValueError as error:
             new.append((place[:-1], str(error), ""))
         for at, problem, given in () if new else _judge(trial)[0]:
-            if (at, problem) not in usual:
+            if (_key(at, trial), problem) not in usual:
                 whole = problem.startswith(("unknown key", "unknown parameter"))
                 shared = place[0] == "tune" and at[2:3] == ("train",)  # alike for every strategy
                 text = f"{dotted(at[2:]) if shared else _key(at, trial)}: {problem}"

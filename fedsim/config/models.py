@@ -30,6 +30,7 @@ from fedsim.config.values import flatten, unfit
 MAX_SEED = 2**63 - 1
 Grid = Annotated[
     dict[str, Annotated[list[Any], Field(min_length=1, max_length=100)]],
+    Field(max_length=20),
     BeforeValidator(flatten),
     WithJsonSchema({"type": "object", "additionalProperties": {"type": ["array", "object"]}}),
 ]
@@ -348,7 +349,7 @@ class Experiment(Section):
     clock: ClockConfig = ClockConfig()
     strategy: Annotated[
         list[StrategyConfig],
-        Field(min_length=1, max_length=1000),
+        Field(min_length=1, max_length=100),
         BeforeValidator(_listed),
         AfterValidator(_labels),
     ]
