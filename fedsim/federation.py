@@ -17,12 +17,13 @@ from fedsim.config import Experiment, StrategyConfig, TrainConfig
 from fedsim.core import rng
 from fedsim.core.averaging import examples_of, metrics_of
 from fedsim.core.errors import RunError
+from fedsim.core.nodes import client_at, node_of
 from fedsim.core.records import as_flat, count_bytes, from_record
 from fedsim.core.strategy import Served, Setting, Strategy
 from fedsim.gate import Gate
 from fedsim.intake import Intake, Row, Tally
 from fedsim.runtime import clock
-from fedsim.runtime.grid import View, client_at, node_of
+from fedsim.runtime.grid import View
 from fedsim.runtime.work import Environment
 
 
@@ -248,6 +249,9 @@ class Federation:
         row: Row = {}
         if config.central and (server_round % config.every == 0 or server_round == last):
             row.update(self.central(self.strategy.models(arrays)))
+            for name, model in self.strategy.also_evaluated(arrays).items():
+                also = self.central({name: Served(model)})
+                row.update({f"{name}_{column}": value for column, value in also.items()})
         every = config.clients_every or last
         if (
             config.clients

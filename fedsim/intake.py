@@ -9,9 +9,9 @@ from typing import Any
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedsim.core.nodes import client_at
 from fedsim.core.records import count_bytes
 from fedsim.gate import Gate, Refusal
-from fedsim.runtime.grid import client_at
 
 Row = dict[str, Any]
 Expected = Callable[[RecordDict], Mapping[str, ArrayRecord]]

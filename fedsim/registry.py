@@ -25,6 +25,12 @@ STRATEGIES = {
     "scaffold": "strategies.scaffold:Scaffold",
     "fedld": "strategies.fedld:FedLD",
     "fedld_official": "strategies.fedld:FedLDOfficial",
+    "fedsam": "strategies.fedsam:FedSAM",
+    "dfedavg": "strategies.dfedavg:DFedAvg",
+    "dfedavgm": "strategies.dfedavg:DFedAvgM",
+    "dpsgd": "strategies.dfedavg:DPSGD",
+    "dfedsam": "strategies.dfedsam:DFedSAM",
+    "dfedsam_mgs": "strategies.dfedsam:DFedSAMMGS",
     "fedavgm": "strategies.flower:FedAvgM",
     "fedadam": "strategies.flower:FedAdam",
     "fedyogi": "strategies.flower:FedYogi",
@@ -40,6 +46,7 @@ CLIENTS = {
     "fedprox": "clients.fedprox:FedProx",
     "scaffold": "clients.scaffold:Scaffold",
     "fedld": "clients.fedld:FedLD",
+    "fedsam": "clients.fedsam:FedSAM",
 }
 DEVICES = {
     "workstation": "fedsim.runtime.clock:workstation",

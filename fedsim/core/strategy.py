@@ -137,6 +137,10 @@ class Strategy(FlowerStrategy):
         """The models there are, and for whom. Default: one, for everybody."""
         return {"model": Served(arrays)}
 
+    def also_evaluated(self, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
+        """Further models to judge on the central test set, by the prefix of their columns."""
+        return {}
+
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:

@@ -12,18 +12,9 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fedsim.core.nodes import client_at
 from fedsim.runtime import flower
 from fedsim.runtime.work import PARTITION
-
-
-def node_of(client: int) -> int:
-    """Node id of a client: its partition number plus one (Flower's ids are above zero)."""
-    return client + 1
-
-
-def client_at(node: int) -> int:
-    """Partition number of a node id."""
-    return node - 1
 
 
 class LocalGrid(Grid):

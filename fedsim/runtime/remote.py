@@ -12,10 +12,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedsim.core.errors import RunError
+from fedsim.core.nodes import client_at, node_of
 from fedsim.core.records import plain
 from fedsim.runtime import flower
 from fedsim.runtime.envelope import ENROL, ENVELOPE, Enrolment, Envelope
-from fedsim.runtime.grid import LocalGrid, client_at, node_of
+from fedsim.runtime.grid import LocalGrid
 
 LATE_KEPT = 1000
 """Unanswered messages of earlier exchanges whose replies are still asked for."""

@@ -1,0 +1,206 @@
+"""Decentralised averaging: DFedAvg, DFedAvgM and D-PSGD."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedsim.core import rng, topology
+from fedsim.core.averaging import MetricMean, examples_of, metrics_of
+from fedsim.core.errors import ConfigError
+from fedsim.core.nodes import client_at, node_of
+from fedsim.core.records import FlatRecord, as_flat, count_bytes
+from fedsim.core.strategy import Aggregate, Served, Strategy
+
+TOPOLOGIES = (*topology.FIXED, "random", "directed_exponential")
+
+
+class DFedAvg(Strategy):
+    """DFedAvg: every node trains its own model, then mixes it with its neighbours' models.
+
+    Sun, Li, Wang, *Decentralized Federated Averaging*, TPAMI 2022: local SGD steps, then gossip
+    ``x_i <- sum_j W_ij z_j``, here `gossip_steps` times with simultaneous updates, so
+    ``X <- W^Q Z`` with the nodes as rows. Train first, then mix. The weights are
+    Metropolis-Hastings, doubly stochastic on every undirected graph. The server simulates the
+    network: nodes that gave no admitted reply keep their model for this round, and the others mix
+    on the graph between them.
+
+    The rounds table gets `consensus_before` and `consensus` (mean squared distance to the averaged
+    model, before and after mixing), `spectral_gap`, and `peer_bytes`, what the nodes would have
+    sent to each other; `bytes_up` and `bytes_down` are the simulation's own traffic. `loss` and
+    `accuracy` are means over the nodes' models, `averaged_loss` and `averaged_accuracy` those of
+    the averaged model, which gossip leaves unchanged.
+
+    Args:
+        topology: ``"ring"``, ``"grid"``, ``"torus"``, ``"exponential"``, ``"full"``, ``"random"``
+            (drawn anew every round) or ``"directed_exponential"`` (not symmetric).
+        gossip_steps: Q.
+        degree: neighbours that each node of the random topology draws.
+        edges: an undirected graph of your own as pairs of client numbers, instead of `topology`.
+
+    Raises:
+        ConfigError: a parameter is out of its range.
+    """
+
+    client = "fedavg"
+
+    def __init__(
+        self,
+        topology: str = "ring",
+        gossip_steps: int = 1,
+        degree: int = 10,
+        edges: list[list[int]] | None = None,
+    ) -> None:
+        if topology not in TOPOLOGIES:
+            raise ConfigError(f"topology = {topology!r} must be one of {', '.join(TOPOLOGIES)}")
+        for name, value in {"gossip_steps": gossip_steps, "degree": degree}.items():
+            if value < 1:
+                raise ConfigError(f"{name} = {value} must be 1 or above")
+        if edges is not None and not all(len(e) == 2 for e in edges):
+            raise ConfigError("edges must be pairs of client numbers, such as [[0, 1], [1, 2]]")
+        self.topology, self.gossip_steps, self.degree = topology, gossip_steps, degree
+        self.edges = edges
+        self.nodes = torch.empty(0, 0)
+
+    def start_arrays(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Every node starts from the same model."""
+        self.nodes = as_flat(arrays).flat.repeat(self.setting.num_clients, 1)
+        return arrays
+
+    def model_of(self, node: int, like: ArrayRecord) -> FlatRecord:
+        """The present model of a node, a record of the same layout as `like`."""
+        return as_flat(like).with_flat(self.nodes[client_at(node)])
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Send every node its own model."""
+        self.arrays = arrays
+        told = {**config, "server-round": server_round}
+        return [
+            self.message("train", {"arrays": self.model_of(node, arrays)}, told, node)
+            for node in sorted(grid.get_node_ids())
+        ]
+
+    def weights(self, server_round: int, active: Iterable[int]) -> topology.Weights:
+        """The round's gossip matrix, shape [m, m], when only some clients are active."""
+        m, active = self.setting.num_clients, list(active)
+        if self.edges is not None:
+            graph = topology.from_edges(m, [(i, j) for i, j in self.edges])
+        elif self.topology == "random":
+            stream = rng.stream(self.setting.seed, server_round, rng.SERVER, "topology")
+            graph = topology.random(m, self.degree, stream)
+        elif self.topology == "directed_exponential":
+            if len(active) == m:
+                return topology.directed_exponential(m)
+            graph = topology.exponential(m)
+        else:
+            graph = topology.FIXED[self.topology](m)
+        return topology.metropolis(topology.among(graph, active))
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
+        """Mix the nodes' models; the averaged model is what the round loop holds."""
+        like = as_flat(self.arrays)
+        trained, metrics, active = self.nodes.clone(), MetricMean(), []
+        for reply in replies:
+            if reply.has_error():
+                continue
+            client = client_at(reply.metadata.src_node_id)
+            trained[client] = as_flat(reply.content.array_records["arrays"], like.layout).flat
+            metrics.add(metrics_of(reply.content), examples_of(reply.content))
+            active.append(client)
+        if not active:
+            return None, None
+        weights = self.weights(server_round, active)
+        self.nodes = mix(trained, weights, self.gossip_steps)
+        average = self.nodes.double().mean(0).to(self.nodes.dtype)
+        links = int((weights > 0).sum()) - len(weights)
+        model = like.with_flat(average)
+        figures = {
+            "consensus_before": consensus(trained),
+            "consensus": consensus(self.nodes),
+            "spectral_gap": 1.0 - topology.second_eigenvalue(weights),
+            "peer_bytes": self.gossip_steps * links * count_bytes(RecordDict({"arrays": model})),
+        }
+        return model, MetricRecord({**metrics.record(), **figures})
+
+    def models(self, arrays: ArrayRecord) -> dict[str, Served]:
+        """One model a node, for that node."""
+        m = self.setting.num_clients
+        return {
+            f"client-{c:0{len(str(m - 1))}d}": Served(
+                self.model_of(node_of(c), arrays), [node_of(c)]
+            )
+            for c in range(m)
+        }
+
+    def also_evaluated(self, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
+        """The averaged model."""
+        return {"averaged": arrays}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The nodes' models."""
+        return {"nodes": self.nodes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        self.nodes = state["nodes"]
+
+
+class DFedAvgM(DFedAvg):
+    """DFedAvgM: `DFedAvg` with heavy-ball momentum in the local steps, reset every round.
+
+    Sun, Li, Wang, TPAMI 2022, Algorithm 1.
+
+    Args:
+        momentum: the clients' momentum.
+        options: the options of `DFedAvg`.
+    """
+
+    def __init__(self, momentum: float = 0.9, **options: Any) -> None:
+        super().__init__(**options)
+        if not 0 <= momentum < 1:
+            raise ConfigError(f"momentum = {momentum} must be at least 0 and below 1")
+        self.momentum = float(momentum)
+
+    def client_config(self) -> dict[str, Any]:
+        """Tell the clients the momentum."""
+        return {"momentum": self.momentum}
+
+
+class DPSGD(DFedAvg):
+    """D-PSGD: one local SGD step, then one gossip step.
+
+    Lian et al., *Can Decentralized Algorithms Outperform Centralized Algorithms?*, NeurIPS 2017.
+
+    Args:
+        options: the options of `DFedAvg`.
+    """
+
+    def client_config(self) -> dict[str, Any]:
+        """One step a round."""
+        return {"max_steps": 1}
+
+
+def mix(models: Tensor, weights: np.ndarray, steps: int = 1) -> Tensor:
+    """``W^steps X``: gossip of all nodes at once, in float64, rounded once.
+
+    Args:
+        models: X, one node a row, shape [m, d].
+        weights: W, shape [m, m].
+        steps: gossip steps.
+    """
+    power = torch.from_numpy(np.linalg.matrix_power(weights, steps))
+    return (power.to(models.device) @ models.double()).to(models.dtype)
+
+
+def consensus(models: Tensor) -> float:
+    """Mean squared distance of the rows to their mean: ``(1/m) ||X - J X||_F^2``."""
+    values = models.double()
+    return float((values - values.mean(0)).square().sum(1).mean())
