@@ -170,15 +170,7 @@ class Runs(Sequence[Run]):
     def extra_columns(self) -> list[str]:
         """Columns of numbers that strategies added to the rounds table, sorted."""
         names = {name for run in self.finished for name in run.rounds.column_names} - set(ROUNDS)
-        return sorted(name for name in names if self.measured(name) and self._numeric(name))
-
-    def _numeric(self, column: str) -> bool:
-        kinds = {
-            str(run.rounds.schema.field(column).type)
-            for run in self.finished
-            if column in run.rounds.column_names
-        }
-        return kinds <= {"int64", "double", "bool"}
+        return sorted(name for name in names if self.measured(name))
 
     def values(self, column: str, how: How = "final") -> dict[str, dict[int, float]]:
         """Final or best value of a column by label and seed, without strategies that lack it."""

@@ -32,6 +32,8 @@ STATES = ("running", "finished", "interrupted", "failed")
 _TABLES = {"rounds": ROUNDS, "clients": CLIENTS, "timings": TIMINGS}
 _NOT_OF_THE_COMPARISON = {"tune", "checkpoints", "models"}
 
+_NUMBERS = (pa.int64(), pa.float64(), pa.bool_())
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -167,8 +169,14 @@ class Run:
         return self._table("clients", names or None)
 
     def series(self, name: str) -> tuple[Ints, Floats]:
-        """Rounds in which column `name` was measured, and its values there (NaN if it diverged)."""
-        if name not in self.rounds.column_names:
+        """Rounds in which column `name` was measured, and its values there (NaN if it diverged).
+
+        Both are empty for a column that is not there or holds something else than numbers.
+        """
+        if (
+            name not in self.rounds.column_names
+            or self.rounds.schema.field(name).type not in _NUMBERS
+        ):
             return np.empty(0, np.int64), np.empty(0)
         column = self.rounds[name]
         there = column.is_valid().to_numpy()

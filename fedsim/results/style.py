@@ -140,6 +140,8 @@ def svg(figure: Figure, alt: str) -> str:
 
 def _tidy(tag: str, used: set[str]) -> str:
     tag = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", tag)
+    if ' id="' in tag:  # a shape drawn by <use>, which has the style; the dark one must reach it
+        tag = re.sub(r' style="[^"]*"', "", tag)
     tag = re.sub(r"font-family: [^;\"]*?sans-serif;? ?", "", tag)
     tag = tag.replace("font-weight: 700", "font-weight: 600")
     tag = re.sub(r' transform="rotate\(-?0 [^"]*"', "", tag)

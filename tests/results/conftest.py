@@ -227,6 +227,33 @@ def invent(
     return folder
 
 
+def write_run(
+    path: Path,
+    label: str,
+    seed: int,
+    rows: list[dict[str, Any]],
+    *,
+    clients: list[dict[str, Any]] | None = None,
+    config: dict[str, Any] | None = None,
+    state: str = "finished",
+) -> Path:
+    """Write a run with exactly these rows; rounds are numbered where they have no number."""
+    writer = RunWriter(path)
+    writer.write_config(
+        {"experiment": config or {}, "strategy": {"name": label, "label": label}, "seed": seed,
+         "executor": "serial", "data_fingerprint": "f" * 64}
+    )  # fmt: skip
+    writer.write_tables([{"round": i} | row for i, row in enumerate(rows)], clients or [], [])
+    writer.write_status({"state": state, "round": len(rows) - 1, "rounds": None, "reason": None})
+    return path
+
+
+@pytest.fixture(scope="session")
+def written() -> Any:
+    """The function `write_run`, for tests that need exact numbers."""
+    return write_run
+
+
 @pytest.fixture(scope="session")
 def inventor() -> Any:
     """The function `invent`, for tests that write their own comparison."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 from fedsim.results import words
@@ -24,7 +24,11 @@ def which_runs(runs: Runs) -> Section | None:
         blocks.append(Text(f"All {words.plural(len(runs), 'run')} finished; none is missing."))
     else:
         done = sum(len(group.finished) for group in runs.groups)
-        counts = {"unfinished": unfinished, "not here": missing, "repeated": repeated}
+        counts: dict[str, Sized] = {
+            "unfinished": unfinished,
+            "not here": missing,
+            "repeated": repeated,
+        }
         left_out = words.listed([f"{len(found)} {what}" for what, found in counts.items() if found])
         blocks.append(
             Warn(f"The numbers above are of {words.plural(done, 'finished run')}; {left_out}.")
