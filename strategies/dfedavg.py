@@ -133,12 +133,8 @@ class DFedAvg(Strategy):
     def models(self, arrays: ArrayRecord) -> dict[str, Served]:
         """One model a node, for that node."""
         m = self.setting.num_clients
-        return {
-            f"client-{c:0{len(str(m - 1))}d}": Served(
-                self.model_of(node_of(c), arrays), [node_of(c)]
-            )
-            for c in range(m)
-        }
+        nodes = {f"client-{c:0{len(str(m - 1))}d}": node_of(c) for c in range(m)}
+        return {name: Served(self.model_of(n, arrays), [n]) for name, n in nodes.items()}
 
     def also_evaluated(self, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
         """The averaged model."""
