@@ -212,6 +212,8 @@ def find_runs(paths: str | Path | Iterable[str | Path]) -> list[Run]:
         RunError: a path does not exist or holds no run, or a run is damaged.
     """
     given = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    if not given:
+        raise RunError("no folder was given; give folders written by fedsim run or compare")
     found: dict[Path, Run] = {}
     for path in given:
         if not path.is_dir():

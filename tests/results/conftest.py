@@ -267,6 +267,13 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2 strategies, 2 seeds, 3 rounds, 10 clients, for tests of form. Read only."""
+    folder = tmp_path_factory.mktemp("small")
+    return invent(folder, labels=("FedAvg", "FedProx"), seeds=2, rounds=3, clients=10)
+
+
+@pytest.fixture(scope="session")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """2 strategies, 8 seeds, 6 rounds at three values of one key. Read only."""
     return invent(
