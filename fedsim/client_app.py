@@ -16,11 +16,11 @@ from fedsim.config import Experiment
 from fedsim.core.errors import RunError
 from fedsim.core.records import materialise
 from fedsim.runtime import code, flower
-from fedsim.runtime.cohort import Cohort
 from fedsim.runtime.envelope import ENROL, Enrolment, Envelope
 from fedsim.runtime.grid import describe
 from fedsim.runtime.keeping import Keeping
-from fedsim.runtime.work import PARTITION, Environment, action_of, finish, job_of, judged
+from fedsim.runtime.serial import Serial
+from fedsim.runtime.work import PARTITION, Environment, action_of, finish, judged, work_of
 
 PARTITIONS = "num-partitions"
 """Key of the number of partitions in Flower's node configuration."""
@@ -100,12 +100,13 @@ class ProgramApp(ClientApp):
         env = self.environment(context)
         if action not in env.programs or kind not in ("train", "evaluate"):
             return super().__call__(message, context)
-        job = job_of(message, context, env)
-        cohort = Cohort(env.model, env.data)
+        work = work_of(message, context, env)
+        serial = Serial(env.model, env.data, debug=True)
         if kind == "evaluate":
-            content = judged(*next(cohort.measure([job], env.batch_size)))
+            content = judged(*next(serial.measure(work, env.batch_size)))
         else:
-            content = finish(next(cohort.run([job])), message, context, env)
+            (outcomes,) = serial.map(work, lambda outcomes: outcomes)
+            content = finish(outcomes, message, context, env)
         return Message(content if self._given else materialise(content), reply_to=message)
 
     def _enrol(self, message: Message, context: Context) -> Message:

@@ -49,6 +49,43 @@ class Criterion:
         counts = self._counts(target, losses, weight)
         return (losses * counts).sum() / counts.sum().clamp_min(1.0)
 
+    @torch.no_grad()
+    def stacked(
+        self, outputs: Tensor, target: Tensor, weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of many clients' batches at once, and their gradients, in closed form.
+
+        Entry by entry what calling the criterion on each client's batch would give.
+
+        Args:
+            outputs: shape [C, B, ...], one batch for each of C clients.
+            target: shape [C, B] or [C, B, T].
+            weight: shape [C, B], zero for padding, or None for all ones.
+
+        Returns:
+            losses of shape [C], and their gradients with respect to `outputs`, in its shape.
+        """
+        if self.classifies:
+            logs = outputs.log_softmax(-1)
+            real = target != IGNORE
+            index = target.clamp_min(0).unsqueeze(-1)
+            losses = logs.gather(-1, index).squeeze(-1).neg_()
+            slopes = logs.exp_()
+            slopes.scatter_add_(-1, index, slopes.new_full((), -1.0).expand(index.shape))
+            counts = real.to(losses.dtype)
+        else:
+            slopes = outputs.reshape(target.shape) - target
+            losses = 0.5 * slopes.square()
+            slopes, counts = slopes.view(outputs.shape), torch.ones_like(losses)
+        simple = weight is None and losses.dim() == 2  # as in a call: the mean over the batch
+        if weight is not None:
+            counts = counts * weight.to(counts.dtype).view(*weight.shape, *[1] * (losses.dim() - 2))
+        clients = (-1, *[1] * (losses.dim() - 1))
+        total = counts.flatten(1).sum(1).clamp_min(1.0)
+        share = counts / (losses.shape[1] if simple else total.view(clients))
+        mean = (losses * share).flatten(1).sum(1)
+        return mean, slopes.mul_(share.unsqueeze(-1) if share.dim() < slopes.dim() else share)
+
     def _counts(self, target: Tensor, losses: Tensor, weight: Tensor | None) -> Tensor:
         counts = torch.ones_like(losses)
         if self.classifies:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,9 @@ class FlatModel:
     Args:
         module: its present values are the initial model.
         criterion: the task's loss.
+
+    Attributes:
+        channels_last: whether images are trained on in that memory format (see `replica`).
     """
 
     def __init__(self, module: nn.Module, criterion: Criterion) -> None:
@@ -97,6 +101,7 @@ class FlatModel:
         self.layout = Layout.of(state, trainable_names(module))
         self.info = ModelInfo.of(module, self.layout)
         self.stochastic = is_stochastic(module)
+        self.channels_last = False
         self._initial = FlatRecord(
             self.layout,
             self.layout.flatten(state),
@@ -107,8 +112,19 @@ class FlatModel:
         """The values the module was built with."""
         return self._initial
 
-    def _bind(self, flat: Tensor, beside: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.layout.views(flat) | beside
+    def replica(self, channels_last: bool = False) -> FlatModel:
+        """The same model with a module of its own, for another thread.
+
+        Args:
+            channels_last: train on images in that memory format, which suits convolutions on CPUs
+                and changes last bits.
+        """
+        twin = copy.copy(self)
+        twin.module, twin.channels_last = copy.deepcopy(self.module), channels_last
+        return twin
+
+    def _bind(self, flat: Tensor, beside: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.layout.views(flat) | dict(beside)
 
     @contextmanager
     def _mode(self, training: bool) -> Iterator[None]:
@@ -121,15 +137,15 @@ class FlatModel:
             if before != training:
                 self.module.train(before)
 
-    def gradient(
+    def gradients(
         self,
         flat: Tensor,
-        beside: dict[str, Tensor],
-        batch: dict[str, Tensor],
+        beside: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
         loss: Loss,
         training: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """Loss (scalar) and its gradient with respect to the trainable prefix, shape [p].
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Loss (scalar) and its gradient, one tensor for each trainable entry in vector order.
 
         Args:
             flat: vector of shape [layout.size]; its buffer part is updated in place.
@@ -142,18 +158,31 @@ class FlatModel:
         leaves = [layout.view(flat, n).detach().requires_grad_() for n in layout.trainable]
         values = self._bind(flat, beside)
         values.update(zip(layout.trainable, leaves, strict=True))
+        x = batch["x"]
+        if self.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
         with self._mode(training), torch.enable_grad():
-            outputs = functional_call(self.module, values, (batch["x"],))
-            value = loss(outputs, batch["y"], batch.get("weight"))
+            value = loss(
+                functional_call(self.module, values, (x,)), batch["y"], batch.get("weight")
+            )
             grads = torch.autograd.grad(value, leaves, allow_unused=True)
-        out = torch.empty(layout.num_trainable, dtype=flat.dtype, device=flat.device)
-        for name, grad in zip(layout.trainable, grads, strict=True):
-            part = out[layout.span(name)]
-            if grad is None:
-                part.zero_()
-            else:
-                part.copy_(grad.reshape(-1))
-        return value.detach(), out
+        return value.detach(), list(grads)
+
+    def gradient(
+        self,
+        flat: Tensor,
+        beside: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+        loss: Loss,
+        training: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """As `gradients`, the gradient as one vector of shape [num_trainable]."""
+        value, grads = self.gradients(flat, beside, batch, loss, training)
+        out = torch.zeros_like(flat[: self.layout.num_trainable])
+        for name, grad in zip(self.layout.trainable, grads, strict=True):
+            if grad is not None:
+                out[self.layout.span(name)] = grad.reshape(-1)
+        return value, out
 
     @torch.no_grad()
     def outputs(

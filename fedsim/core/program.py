@@ -9,7 +9,7 @@ Vectors lie on the last axis: reduce with ``dim=-1, keepdim=True`` (see `dot`, `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -36,12 +36,13 @@ class Batch(NamedTuple):
 
     Attributes:
         fields: tensors whose first axis is the example; `x`, `y`, and `weight` where padded.
-        epoch: number of the epoch, from 0.
+        epoch: number of the epoch, from 0; with stacked vectors a tensor [clients, 1] where
+            clients differ.
         step: number of the step in the round, from 0.
     """
 
-    fields: dict[str, Tensor]
-    epoch: int
+    fields: Mapping[str, Tensor]
+    epoch: Any
     step: int
 
 
@@ -88,10 +89,10 @@ class LocalState:
     round: int
 
     def __init__(self) -> None:
-        self.received: dict[str, Tensor] = {}
-        self.kept: dict[str, Tensor] = {}
-        self.sent: dict[str, Tensor] = {}
-        self.metrics: dict[str, Any] = {}
+        self.received: MutableMapping[str, Tensor] = {}
+        self.kept: MutableMapping[str, Tensor] = {}
+        self.sent: MutableMapping[str, Tensor] = {}
+        self.metrics: MutableMapping[str, Any] = {}
 
     def gradient(self, batch: Batch, at: Tensor | None = None, training: bool = True) -> Gradient:
         """Gradient of the program's loss on `batch`, at `w` or at another point of shape [p].

@@ -1,189 +1,138 @@
-"""Runs the programs of a cohort."""
+"""What the clients of a cohort are to do, and what came of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.core import rng
-from fedsim.core.model import FlatModel
-from fedsim.core.program import Batch, Gradient, LocalProgram, LocalState
+from fedsim.core.program import LocalProgram
 from fedsim.core.records import FlatRecord
-from fedsim.data import FederatedData
+
+T = TypeVar("T")
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Vectors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Job:
-    """One client's work in one round.
+class Work:
+    """The work of many clients in one round, who run the same program.
 
     Attributes:
         program: what to do.
-        client: partition number of the client.
+        clients: partition numbers, ascending, int64 [n].
         round: number of the round, from 1.
         seed: seed of the run.
-        record: the model to start from, every entry of the model's layout.
-        received: other vectors from the server, by name, shape [p].
-        kept: vectors the client kept, by name, shape [p].
+        record: the model to start from: one for all, or one for each client.
+        received: other vectors from the server, shape [p], by name: for all, or for each client.
+        kept: vectors of shape [p] that clients kept, by client and name; empty for a client that
+            has none yet.
     """
 
     program: LocalProgram
-    client: int
+    clients: Ints
     round: int
     seed: int
-    record: FlatRecord
-    received: dict[str, Tensor] = field(default_factory=dict)
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    record: FlatRecord | Sequence[FlatRecord]
+    received: Vectors | Sequence[Vectors] = field(default_factory=dict)
+    kept: Mapping[int, Vectors] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def record_of(self, place: int) -> FlatRecord:
+        """The model that the client at this place starts from."""
+        return self.record if isinstance(self.record, FlatRecord) else self.record[place]
+
+    def part(self, places: slice) -> Work:
+        """The work of some of the clients."""
+        record, received = self.record, self.received
+        return replace(
+            self,
+            clients=self.clients[places],
+            record=record if isinstance(record, FlatRecord) else record[places],
+            received=received if isinstance(received, Mapping) else received[places],
+        )
+
+    def received_by(self, place: int) -> Vectors:
+        """The other vectors that the client at this place was sent."""
+        return self.received if isinstance(self.received, Mapping) else self.received[place]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a client's work gave.
+@dataclass
+class Outcomes:
+    """What the work of some clients gave, in columns: row i belongs to ``clients[i]``.
 
     Attributes:
-        client: partition number of the client.
-        record: the client's model after its work.
-        sent: other vectors for the server, by name, shape [p].
-        kept: vectors to keep on the client, by name, shape [p].
-        metrics: numbers for the server; `loss` is the mean training loss over the steps.
-        num_examples: training examples of the client.
-        num_steps: local steps done.
+        clients: partition numbers, int64 [C].
+        flat: the clients' models as vectors, shape [C, layout.size].
+        beside: entries of the models that are not in the vectors.
+        sent: other vectors for the server, by name, shape [C, p].
+        kept: vectors to keep on the clients, by name, shape [C, p].
+        metrics: numbers for the server, by name, float64 [C]; `loss` is the mean training loss
+            over the steps.
+        num_examples: training examples of each client, int64 [C].
+        num_steps: local steps done, int64 [C].
+        faults: what a client's program raised; these clients have no row.
     """
 
-    client: int
-    record: FlatRecord
+    clients: Ints
+    flat: Tensor
+    beside: list[dict[str, Tensor]]
     sent: dict[str, Tensor]
     kept: dict[str, Tensor]
-    metrics: dict[str, float]
-    num_examples: int
-    num_steps: int
+    metrics: dict[str, Floats]
+    num_examples: Ints
+    num_steps: Ints
+    faults: dict[int, Exception] = field(default_factory=dict)
+
+    @staticmethod
+    def failed(client: int, error: Exception) -> Outcomes:
+        """No row, and one fault."""
+        none = np.empty(0, np.int64)
+        return Outcomes(none, torch.empty(0, 0), [], {}, {}, {}, none, none, {client: error})
+
+    @staticmethod
+    def join(parts: Sequence[Outcomes]) -> Outcomes:
+        """All rows and all faults of some outcomes."""
+        some = [p for p in parts if len(p.clients)] or parts[:1]
+        first = some[0]
+
+        def columns(name: str) -> dict[str, Any]:
+            values = [getattr(p, name) for p in some]
+            join = np.concatenate if name == "metrics" else torch.cat
+            return {n: join([v[n] for v in values]) for n in getattr(first, name)}
+
+        return Outcomes(
+            np.concatenate([p.clients for p in some]),
+            torch.cat([p.flat for p in some]),
+            [b for p in some for b in p.beside],
+            columns("sent"),
+            columns("kept"),
+            columns("metrics"),
+            np.concatenate([p.num_examples for p in some]),
+            np.concatenate([p.num_steps for p in some]),
+            {c: e for p in parts for c, e in p.faults.items()},
+        )
 
 
-def batches_of(
-    program: LocalProgram, index: np.ndarray, stream: np.random.Generator
-) -> list[tuple[np.ndarray, int]]:
-    """The minibatches of one client's round: (example indices, epoch) for each step.
+class Executor(Protocol):
+    """One way to execute a cohort's work."""
 
-    Args:
-        program: gives epochs, batch size and the limit on steps.
-        index: the client's training examples.
-        stream: the client's stream for this round; one permutation is drawn per epoch.
-    """
-    steps: list[tuple[np.ndarray, int]] = []
-    for epoch in range(program.epochs):
-        order = stream.permutation(index)
-        for first in range(0, len(order), program.batch_size):
-            if program.max_steps and len(steps) == program.max_steps:
-                return steps
-            steps.append((order[first : first + program.batch_size], epoch))
-    return steps
+    name: str
 
+    def map(self, work: Work, then: Callable[[Outcomes], T], keep: bool) -> Iterator[T]:
+        """Do the work and yield `then` of every part of the outcomes, in a fixed order.
 
-class SerialState(LocalState):
-    """A `LocalState` for one client, over a resident model."""
-
-    def __init__(self, job: Job, model: FlatModel) -> None:
-        super().__init__()
-        self._model, self._program = model, job.program
-        self._flat = job.record.flat.clone()
-        self._trainable = model.layout.num_trainable
-        self.beside = {n: t.clone() for n, t in job.record.beside.items()}
-        self.start = job.record.flat[: self._trainable]
-        self.received, self.kept = dict(job.received), dict(job.kept)
-        for name in job.program.keeps:
-            self.kept.setdefault(name, torch.zeros_like(self.start))
-        self.round = job.round
-        self.losses: list[Tensor] = []
-
-    @property
-    def w(self) -> Tensor:  # type: ignore[override]
-        return self._flat[: self._trainable]
-
-    @w.setter
-    def w(self, value: Tensor) -> None:
-        self._flat[: self._trainable] = value
-
-    def gradient(self, batch: Batch, at: Tensor | None = None, training: bool = True) -> Gradient:
-        flat, beside = self._flat, self.beside
-        if at is not None:
-            flat = flat.clone()
-            flat[: self._trainable] = at
-            beside = {n: t.clone() for n, t in beside.items()}
-
-        def loss(outputs: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-            return self._program.loss(self._model.criterion, outputs, target, weight)
-
-        value, gradient = self._model.gradient(flat, beside, batch.fields, loss, training)
-        self.losses.append(value)
-        return Gradient(gradient)
-
-    def record(self) -> FlatRecord:
-        return FlatRecord(self._model.layout, self._flat, self.beside)
-
-
-def run_one(job: Job, model: FlatModel, data: FederatedData) -> Outcome:
-    """Do one client's work on a resident model: the reference that other executors must match."""
-    program, index = job.program, data.train[job.client]
-    steps = batches_of(program, index, rng.stream(job.seed, job.round, job.client, "batches"))
-    s = SerialState(job, model)
-    s.num_steps, s.num_examples = len(steps), len(index)
-    program.init(s)
-    for number, (rows, epoch) in enumerate(steps):
-        taken = torch.from_numpy(rows)
-        batch = Batch({n: t[taken] for n, t in data.fields.items()}, epoch, number)
-        program.step(s, batch)
-    program.final(s)
-    losses = torch.stack(s.losses).mean().item() if s.losses else float("nan")
-    return Outcome(
-        job.client,
-        s.record(),
-        s.sent,
-        s.kept,
-        {"loss": losses, **{n: float(v) for n, v in s.metrics.items()}},
-        len(index),
-        len(steps),
-    )
-
-
-class Cohort:
-    """Executes jobs one after another on one resident model, in the order given."""
-
-    name = "serial"
-
-    def __init__(self, model: FlatModel, data: FederatedData) -> None:
-        self.model, self.data = model, data
-
-    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
-        """Yield the outcome of each job as it is done."""
-        for job in jobs:
-            yield self._isolated(job)
-
-    def _isolated(self, job: Job) -> Outcome:
-        if not self.model.stochastic:
-            return run_one(job, self.model, self.data)
-        with rng.isolated(rng.key(job.seed, job.round, job.client, "module")):
-            return run_one(job, self.model, self.data)
-
-    def measure(self, jobs: Sequence[Job], batch_size: int) -> Iterator[tuple[float, float, int]]:
-        """Judge each job's model on its client's held-out examples.
-
-        A program that personalises trains first, from the job's model.
-
-        Yields:
-            mean loss, share of positions predicted right, number of held-out examples.
+        Args:
+            work: what to do.
+            then: called on the thread that did the part.
+            keep: whether tensors of the outcomes outlive the call of `then`.
         """
-        for job in jobs:
-            record, tuning = job.record, job.program.personalise()
-            if tuning is not None:
-                record = self._isolated(
-                    Job(tuning, job.client, job.round, job.seed, record, kept=job.kept)
-                ).record
-            index = torch.from_numpy(self.data.test[job.client])
-            loss, right, count = (
-                self.model.measure(record, self.data.fields, index, batch_size).sum(1).tolist()
-            )
-            total = max(count, 1.0)
-            yield loss / total, right / total, len(index)
+        ...

@@ -1,4 +1,4 @@
-"""From one message to one job, and from its outcome to the reply."""
+"""From messages to work, and from its outcomes to replies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from fedsim import registry
@@ -18,7 +19,7 @@ from fedsim.core.records import FlatRecord, Layout, as_flat, from_record
 from fedsim.core.strategy import route
 from fedsim.data import FederatedData, load
 from fedsim.models import build
-from fedsim.runtime.cohort import Job, Outcome
+from fedsim.runtime.cohort import Outcomes, Work
 
 if TYPE_CHECKING:
     from fedsim.config import Experiment
@@ -84,8 +85,8 @@ PRIVATE = "private"
 """Name under which a client keeps the model entries that never leave it."""
 
 
-def job_of(message: Message, context: Context, env: Environment) -> Job:
-    """The work that a train or evaluate message asks for.
+def work_of(message: Message, context: Context, env: Environment) -> Work:
+    """The work that a train or evaluate message asks one client for.
 
     Raises:
         RunError: the message names an unknown client half, or its model does not fit.
@@ -102,18 +103,20 @@ def job_of(message: Message, context: Context, env: Environment) -> Job:
     model = records.pop("arrays")
     trainable = _trainable(env.model.layout)
     state = {n: as_flat(r, trainable).flat for n, r in context.state.array_records.items()}
-    return Job(
+    client = int(cast(int, context.node_config[PARTITION]))
+    kept = {
+        name: state[_kept_key(action, name)]
+        for name in program.keeps
+        if _kept_key(action, name) in state
+    }
+    return Work(
         program,
-        int(cast(int, context.node_config[PARTITION])),
+        np.array([client]),
         int(cast(int, config.get("server-round", 0))),
         int(cast(int, config.get("seed", 0))),
         _whole(model, program, context, action, env),
         {name: as_flat(record, trainable).flat for name, record in records.items()},
-        {
-            name: state[_kept_key(action, name)]
-            for name in program.keeps
-            if _kept_key(action, name) in state
-        },
+        {client: kept},
     )
 
 
@@ -144,16 +147,23 @@ def _whole(
     return FlatRecord(layout, layout.flatten(state), {n: state[n] for n in layout.beside})
 
 
-def finish(outcome: Outcome, message: Message, context: Context, env: Environment) -> RecordDict:
-    """Keep on the client what it keeps, and return the content of its reply."""
+def finish(outcomes: Outcomes, message: Message, context: Context, env: Environment) -> RecordDict:
+    """Keep on the client what it keeps, and return the content of its reply.
+
+    Args:
+        outcomes: of this client alone.
+        message: what it was sent.
+        context: its context; the state is changed.
+        env: gives model and client half.
+    """
     _, action = action_of(message)
     layout = env.model.layout
     trainable = _trainable(layout)
     sent = message.content.array_records["arrays"]
     program = env.programs[action]
-    for name, vector in outcome.kept.items():
-        context.state[_kept_key(action, name)] = FlatRecord(trainable, vector)
-    model = outcome.record
+    for name, vectors in outcomes.kept.items():
+        context.state[_kept_key(action, name)] = FlatRecord(trainable, vectors[0])
+    model = FlatRecord(layout, outcomes.flat[0], *outcomes.beside[:1])
     if len(sent) < len(layout.names):
         shared = frozenset(sent)
         own = layout.restrict(frozenset(layout.names) - shared)
@@ -162,11 +172,13 @@ def finish(outcome: Outcome, message: Message, context: Context, env: Environmen
     if program.replies == "delta":
         received = as_flat(sent, model.layout)
         model = model.with_flat(model.flat - received.flat)
-    metrics: dict[str, Any] = {EXAMPLES: outcome.num_examples, "steps": outcome.num_steps}
-    vectors = {n: FlatRecord(trainable, v) for n, v in outcome.sent.items()}
-    return RecordDict(
-        {"arrays": model, **vectors, "metrics": MetricRecord({**metrics, **outcome.metrics})}
-    )
+    metrics: dict[str, Any] = {
+        EXAMPLES: int(outcomes.num_examples[0]),
+        "steps": int(outcomes.num_steps[0]),
+        **{name: float(values[0]) for name, values in outcomes.metrics.items()},
+    }
+    sends = {n: FlatRecord(trainable, v[0]) for n, v in outcomes.sent.items()}
+    return RecordDict({"arrays": model, **sends, "metrics": MetricRecord(metrics)})
 
 
 def _part(model: FlatRecord, layout: Layout) -> FlatRecord:

@@ -1,0 +1,211 @@
+"""Whole blocks of clients at once: parameters stacked, one product for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from threading import local
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.core.model import FlatModel
+from fedsim.core.program import Batch
+from fedsim.core.records import FlatRecord
+from fedsim.data import FederatedData
+from fedsim.runtime.cohort import Floats, Ints, Outcomes, Work
+from fedsim.runtime.layers import Stackable
+from fedsim.runtime.plan import Plan, plans
+from fedsim.runtime.serial import Fields, attempt
+from fedsim.runtime.stacked import StackedState
+from fedsim.runtime.threads import Workers
+
+T = TypeVar("T")
+WINDOW = 8
+"""Blocks whose clients are sorted by number of steps together."""
+TABLE = 1 << 20
+"""Entries of a block's table of minibatches that are made at a time."""
+
+
+def blocks_of(steps: Ints, size: int) -> list[Ints]:
+    """Places of clients cut into blocks of about equal size, at most `size`.
+
+    Clients of a window of some blocks are sorted by number of steps, most first: clients of one
+    block then end at about the same time, and results still come about in order of clients.
+    """
+    blocks: list[Ints] = []
+    for first in range(0, len(steps), WINDOW * size):
+        window = steps[first : first + WINDOW * size]
+        order = first + np.argsort(-window, kind="stable")
+        blocks += np.array_split(order, -(-len(order) // size))
+    return blocks
+
+
+class Batched:
+    """Executes blocks of clients on stacked vectors, blocks dealt to threads.
+
+    Args:
+        model: the model.
+        data: all examples, and who owns which.
+        workers: the threads.
+        engine: differentiates the model at stacked parameters.
+        block_size: clients of a block; it changes last bits, the number of workers does not.
+    """
+
+    name = "batched"
+
+    def __init__(
+        self,
+        model: FlatModel,
+        data: FederatedData,
+        workers: Workers,
+        engine: Stackable,
+        block_size: int,
+    ) -> None:
+        self.model, self.data, self.workers = model, data, workers
+        self.engine, self.block_size = engine, block_size
+        self._own = local()
+
+    def map(self, work: Work, then: Callable[[Outcomes], T], keep: bool = True) -> Iterator[T]:
+        """Yield `then` of the outcomes of each block, in order of blocks."""
+        for part, plan in plans(work, self.data):
+            blocks = blocks_of(plan.steps, self.block_size)
+
+            def do(
+                number: int, part: Work = part, plan: Plan = plan, blocks: list[Ints] = blocks
+            ) -> T:
+                return then(self._attempt(part, plan, blocks[number], keep))
+
+            cost = [float(plan.steps[places].sum()) for places in blocks]
+            yield from self.workers.map(do, len(blocks), cost)
+
+    def _attempt(self, work: Work, plan: Plan, places: Ints, keep: bool) -> Outcomes:
+        """A block's outcomes; if its program raises, one client after another to find who."""
+        try:
+            return self.run(work, plan, places, keep)
+        except Exception:
+            model = self.model.replica()
+            alone = [attempt(work, int(p), plan, model, self.data) for p in places]
+            if not any(outcome.faults for outcome in alone):
+                raise
+            return Outcomes.join(alone)
+
+    def _buffer(self, rows: int, keep: bool) -> Tensor:
+        """Room for so many models: new, or the thread's own, whose pages are there already."""
+        record = self.model.initial().flat
+        if keep:
+            return record.new_empty(rows, len(record))
+        if getattr(self._own, "buffer", None) is None or len(self._own.buffer) < rows:
+            self._own.buffer = record.new_empty(rows, len(record))
+        buffer: Tensor = self._own.buffer[:rows]
+        return buffer
+
+    @torch.no_grad()
+    def run(self, work: Work, plan: Plan, places: Ints, keep: bool = True) -> Outcomes:
+        """Do the work of one block of clients, given by their places, most steps first."""
+        program, steps = work.program, plan.steps[places]
+        flat = self._buffer(len(places), keep)
+        s = StackedState(flat, _fill(flat, work, places), program, self.model, self.engine)
+        s.round = work.round
+        s.num_steps, s.num_examples = (
+            torch.from_numpy(n[places, None]).to(flat) for n in (plan.steps, plan.counts)
+        )
+        _receive(s, work, places)
+        program.init(s)
+        for n, batch in minibatches(plan, places, self.data.fields):
+            s.prefix.active = n
+            program.step(s, batch)
+        s.prefix.active = s.prefix.size
+        program.final(s)
+        return _outcomes(s, work.clients[places], plan.counts[places], steps)
+
+
+def minibatches(
+    plan: Plan, places: Ints, fields: Mapping[str, Tensor]
+) -> Iterator[tuple[int, Batch]]:
+    """For each step of a block, how many of its clients take it, and their minibatches.
+
+    Fields have shape [clients, examples, ...]; smaller minibatches are padded, with weight 0.
+
+    Args:
+        plan: the cohort's minibatches.
+        places: the block's clients, most steps first.
+        fields: all examples.
+    """
+    steps, per_epoch = plan.steps[places], plan.per_epoch[places]
+    device, last = fields["x"].device, int(steps.max(initial=0))
+    stride = max(1, TABLE // (len(places) * plan.batch_size))
+    for first in range(0, last, stride):
+        numbers = np.arange(first, min(first + stride, last))
+        table, sizes = plan.table(places, first, first + len(numbers))
+        rows = torch.from_numpy(table).to(device)
+        active = np.searchsorted(-steps, -numbers)
+        widths = sizes.max(1)
+        even = (sizes == widths[:, None]).sum(1) == active
+        for step, n, width, whole in zip(
+            numbers.tolist(), active.tolist(), widths.tolist(), even.tolist(), strict=True
+        ):
+            taken = rows[step - first, :n, :width]
+            more = {}
+            if not whole:
+                real = np.arange(width) < sizes[step - first, :n, None]
+                more["weight"] = torch.from_numpy(real).to(device, torch.float32)
+            epochs = step // per_epoch[:n]
+            epoch: int | Tensor = int(epochs[0])
+            if (epochs != epoch).any():
+                epoch = torch.from_numpy(epochs[:, None]).to(device)
+            yield n, Batch(Fields(fields, taken, more), epoch, step)
+
+
+def _fill(flat: Tensor, work: Work, places: Ints) -> Tensor:
+    """Write where each client starts into its row; return that, shared if it is the same."""
+    if isinstance(work.record, FlatRecord):
+        flat.copy_(work.record.flat)
+        return work.record.flat
+    for row, place in zip(flat, places.tolist(), strict=True):
+        row.copy_(work.record[place].flat)
+    return flat.clone()
+
+
+def _receive(s: StackedState, work: Work, places: Ints) -> None:
+    """Give the state what the server sent, and what the clients kept."""
+    if isinstance(work.received, Mapping):
+        s.received.update(work.received)
+    else:
+        sent = [work.received[place] for place in places.tolist()]
+        s.received.update({n: torch.stack([v[n] for v in sent]) for n in sent[0]})
+    for name in work.program.keeps:
+        kept = torch.zeros_like(s.w)
+        for row, client in zip(kept, work.clients[places].tolist(), strict=True):
+            own = work.kept.get(client, {})
+            if name in own:
+                row.copy_(own[name])
+        s.kept[name] = kept
+
+
+def _outcomes(s: StackedState, clients: Ints, counts: Ints, steps: Ints) -> Outcomes:
+    size = len(clients)
+
+    def rows(vectors: Any) -> dict[str, Tensor]:
+        return {n: v.expand(size, v.shape[-1]) for n, v in vectors.items()}
+
+    metrics = {"loss": s.mean_losses(), **s.metrics}
+    return Outcomes(
+        clients,
+        s.flat,
+        [],
+        rows(s.sent),
+        rows(s.kept),
+        {n: _column(v, size) for n, v in metrics.items()},
+        counts,
+        steps,
+    )
+
+
+def _column(value: Any, size: int) -> Floats:
+    """One number for each client, from a tensor or one number for all."""
+    if isinstance(value, Tensor):
+        value = value.detach().double().reshape(-1).cpu().numpy()
+    column: Floats = np.broadcast_to(np.asarray(value, np.float64), size)
+    return column
