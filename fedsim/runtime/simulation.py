@@ -42,7 +42,7 @@ QUIET = {
 }
 """Nothing calls home; Ray leaves the environment as it is."""
 
-REVIVED: dict[str, int | float] = {"max_restarts": -1, "max_task_retries": 1}
+REVIVED = {"max_restarts": -1, "max_task_retries": 1}
 """Options of Ray's actors: one that died is started again, its message sent once more."""
 
 
@@ -89,7 +89,8 @@ def simulate(
 
     app = ServerApp()
     app.main()(main)
-    resources: Any = {"num_cpus": 1, "num_gpus": gpus, **REVIVED}
+    resources: Any = {"num_cpus": 1, "num_gpus": gpus}
+    mend_pool()
     try:
         with _quiet(), _ray(workers, gpus):
             run_simulation(
@@ -111,24 +112,55 @@ def _ray(workers: int, gpus: float) -> Iterator[None]:
     """Start Ray so that clients import what this process imports, whatever the folder."""
     import ray
 
+    options: dict[str, Any] = {
+        "num_cpus": workers,
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {"env_vars": {"PYTHONPATH": import_path()}},
+    }
+    if gpus:
+        options["num_gpus"] = 1
     terminate = signal.getsignal(signal.SIGTERM)
-    with tempfile.TemporaryDirectory(prefix="fedsim-ray-") as empty, contextlib.chdir(empty):
-        options: dict[str, Any] = {
-            "num_cpus": workers,
-            "include_dashboard": False,
-            "log_to_driver": False,
-            "logging_level": logging.ERROR,
-            "runtime_env": {"env_vars": {"PYTHONPATH": import_path()}},
-        }
-        if gpus:
-            options["num_gpus"] = 1
-        ray.init(**options)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with tempfile.TemporaryDirectory(prefix="fedsim-ray-") as empty:
+        with contextlib.chdir(empty):
+            ray.init(**options)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def mend_pool() -> None:
+    """Let Flower's actor pool revive its actors, and end them without a fuss."""
+    import ray
+    from flwr.simulation.ray_transport.ray_actor import BasicActorPool
+
+    if BasicActorPool.__init__ is _revived:
+        return
+    _original.append(BasicActorPool.__init__)
+    BasicActorPool.__init__ = _revived
+    BasicActorPool.terminate_all_actors = lambda pool: [ray.kill(a) for a in pool.pool]
+
+
+_original: list[Callable[..., None]] = []
+
+
+def _revived(pool: Any, *args: Any, **kwargs: Any) -> None:
+    kwargs["client_resources"] = {**kwargs["client_resources"], **REVIVED}
+    _original[0](pool, *args, **kwargs)
+
+
+def mend_engine() -> None:
+    """Called by the ClientApp in every process; acts in the one that ``flwr run`` simulates in.
+
+    It has been started in whatever folder, and loads the ClientApp before it starts Ray.
+    """
+    if Path(sys.argv[0]).name == "flwr-simulation":
+        os.chdir(ROOT)
+        mend_pool()
 
 
 def import_path() -> str:
