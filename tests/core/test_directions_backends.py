@@ -142,6 +142,15 @@ def test_fresh_processes_give_the_recorded_bits() -> None:
     assert run(DIGEST, "1") == run(DIGEST, "2") == GOLDEN
 
 
+@needs_numba
+@pytest.mark.slow
+@pytest.mark.parametrize("features", ["", "+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2"])
+def test_other_processors_give_the_recorded_bits(features: str, tmp_path: Path) -> None:
+    """Compiled for processors without AVX-512, without and with fused multiply-adds."""
+    machine = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features}
+    assert run(DIGEST, "1", NUMBA_CACHE_DIR=str(tmp_path), **machine) == GOLDEN
+
+
 def test_global_random_states_are_untouched() -> None:
     numpy_state = np.random.get_state
     before = torch.get_rng_state(), numpy_state()[1].copy()
