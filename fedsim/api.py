@@ -15,7 +15,7 @@ from fedsim import runner
 from fedsim.app_config import Settings
 from fedsim.app_config import find_strategy as find_strategy
 from fedsim.config import Experiment, StrategyConfig, override, slug
-from fedsim.core.errors import ConfigError, FedsimError, RunError
+from fedsim.core.errors import ConfigError, DataError, FedsimError, RunError
 from fedsim.core.events import Notice
 from fedsim.core.records import count_bytes
 from fedsim.journal import locked
@@ -199,6 +199,8 @@ def compare(
         except ConfigError:
             raise
         except FedsimError as error:
+            if isinstance(error, DataError) and not results:
+                raise  # no other run will get further
             failed.append((entry.label, seed, str(error)))
             if on_event:
                 on_event(Notice(path.name, f"failed: {error}"))
@@ -226,12 +228,8 @@ def _claim(folder: Path, experiment: Experiment) -> None:
     file = folder / EXPERIMENT_FILE
     wanted = experiment.model_dump_json(indent=1)
     try:
-        if file.exists():
-            if file.read_text() != wanted:
-                raise RunError(
-                    f"{folder} holds another comparison; give another --out, or remove it"
-                )
-            return
+        if file.exists() and file.read_text() != wanted and any(folder.rglob("config.json")):
+            raise RunError(f"{folder} holds another comparison; give another --out, or remove it")
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(wanted)
     except OSError as error:

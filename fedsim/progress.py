@@ -87,7 +87,10 @@ class Tally:
 def metric_text(metrics: dict[str, float]) -> str:
     """The first metric that a reader looks for, as ``accuracy 0.8123``; empty if none is there."""
     name = next((n for n in _SHOWN if n in metrics and not math.isnan(metrics[n])), None)
-    return f"{name} {metrics[name]:.4g}" if name else ""
+    if name is None:
+        return ""
+    value = metrics[name]
+    return f"{name} {value:.4f}" if abs(value) < 100 else f"{name} {value:.4g}"
 
 
 def size(count: float) -> str:
@@ -100,7 +103,9 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a reader wants them: ``4.2 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    """Seconds as a reader wants them: ``12 ms``, ``4.2 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    if 0 < seconds < 0.0995:
+        return f"{seconds * 1000:.2g} ms"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

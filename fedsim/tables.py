@@ -33,7 +33,7 @@ def show_comparison(result: Comparison, as_json: bool) -> None:
     from fedsim.results import find_runs
     from fedsim.results.groups import Runs
 
-    for group in Runs(find_runs(result.path)).groups:
+    for group in Runs(find_runs(result.path)).groups if result.results else ():
         if group.compared:
             _print(_strategies(group))
     print(f"{result.html}\n{result.markdown}")
