@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, TypeVar, overload
@@ -22,7 +23,6 @@ _NOT_A_SETTING = (
     "experiment.name",
     "experiment.description",
     "experiment.seeds",
-    "strategy",
     "tune",
     "sweep",
     "runtime.",
@@ -92,7 +92,7 @@ class Runs(Sequence[Run]):
         settings: dict[str, tuple[list[Any], dict[str, Any], list[Run]]] = {}
         keys = _swept_keys(self._all)
         for run in self._all:
-            flat = flatten(run.experiment)
+            flat = _flat(run)
             setting = {key: flat.get(key) for key in keys}
             order = [_sortable(value) for value in setting.values()]
             settings.setdefault(repr(setting), (order, setting, []))[2].append(run)
@@ -203,22 +203,32 @@ def _ordered_labels(runs: Sequence[Run]) -> list[str]:
 def _swept_keys(runs: Sequence[Run]) -> list[str]:
     """Keys that tell settings apart: the sweep's own, or whatever varies within a strategy.
 
-    What differs between strategies only, such as a tuned learning rate, is no setting.
+    What differs between strategies only, such as a tuned learning rate, is no setting; nor is a key
+    of a strategy that only some of the experiments list.
     """
-    flats = [flatten(run.experiment) for run in runs]
+    flats = [_flat(run) for run in runs]
     declared = {str((run.experiment.get("sweep") or {}).get("key")) for run in runs}
-    if len(declared) == 1 and declared != {"None"}:
-        [key] = declared
-        plain = key.replace(".params.", ".")
-        return sorted(
-            {k for flat in flats for k in flat if k == plain or k.startswith(f"{plain}.")}
-        )
+    if len(declared) == 1:
+        plain = re.sub(r"[\"']|\.params(?=\.)", "", declared.pop())
+        keys = {k for flat in flats for k in flat if k == plain or k.startswith(f"{plain}.")}
+        if keys:
+            return sorted(keys)
     swept: set[str] = set()
     for label in {run.label for run in runs}:
         own = [flat for run, flat in zip(runs, flats, strict=True) if run.label == label]
         keys = {key for flat in own for key in flat if not key.startswith(_NOT_A_SETTING)}
         swept |= {key for key in keys if len({repr(flat.get(key)) for flat in own}) > 1}
-    return sorted(swept)
+    listed = [{str(e.get("label")) for e in run.experiment.get("strategy") or []} for run in runs]
+    common = set.intersection(*listed) if listed else set()
+    alike = tuple(f"strategy.{label}." for label in common)
+    return sorted(key for key in swept if not key.startswith("strategy.") or key.startswith(alike))
+
+
+def _flat(run: Run) -> dict[str, Any]:
+    """The experiment by dotted key, strategies by label: ``strategy.fedprox.mu``."""
+    entries = run.experiment.get("strategy") or []
+    by_label = {str(entry.get("label")): {**entry, "tune": None} for entry in entries}
+    return flatten({**run.experiment, "strategy": by_label})
 
 
 def _sortable(value: Any) -> tuple[int, float, str]:

@@ -178,10 +178,11 @@ def clients_ecdf(runs: Runs) -> Picture | None:
         axes.axhspan(*worst, color=style.FAINT[0], alpha=0.5, linewidth=0)
         for label, values in pooled.items():
             index = runs.colour(label)
-            share = np.arange(1, len(values) + 1) / len(values)
-            keep = np.unique(np.linspace(0, len(values) - 1, POINTS).round().astype(int))
+            share = np.arange(len(values) + 1) / len(values)
+            keep = np.unique(np.linspace(0, len(values), POINTS).round().astype(int))
+            steps = np.concatenate([values[:1], values])
             axes.plot(
-                values[keep], share[keep], drawstyle="steps-post", label=_shown_label(label),
+                steps[keep], share[keep], drawstyle="steps-post", label=_shown_label(label),
                 color=style.colour(index), linestyle=style.dash(index), linewidth=1.8,
             )  # fmt: skip
         axes.set_ylim(0, 1)

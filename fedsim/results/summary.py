@@ -142,11 +142,13 @@ def _summarise(runs: Runs, test: Test) -> Summary:
 
 
 def _own_target(runs: Runs, finals: Mapping[str, Mapping[int, float]]) -> float | None:
-    """The first strategy's mean final value, rounded: the number shown is the number used."""
+    """The first strategy's mean final value, to three digits that are not harder to reach."""
     for label in runs.compared if len(finals) > 1 else []:
         mean = mean_interval(finals.get(label, {}).values())
         if mean is not None and math.isfinite(mean.mean):
-            return float(f"{mean.mean:.3g}")
+            scale = 10.0 ** (math.floor(math.log10(abs(mean.mean) or 1.0)) - 2)
+            away = math.floor if higher_is_better(runs.metric) else math.ceil
+            return float(f"{away(mean.mean / scale) * scale:.3g}")
     return None
 
 

@@ -86,9 +86,11 @@ def size(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as seconds, minutes, hours or days."""
+    """Seconds as milliseconds, seconds, minutes, hours or days."""
     if seconds is None:
         return NONE
+    if 0 < seconds < 0.9995:
+        return f"{_three(1000 * seconds)} ms"
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{_three(seconds / length)} {unit}"

@@ -134,6 +134,23 @@ def test_a_swept_component_may_change_its_keys(tmp_path: Path, written: Any) -> 
     ]
 
 
+@pytest.mark.parametrize("sweep", [{"key": "strategy.'a'.mu"}, None])
+def test_a_swept_key_of_one_strategy_splits_them_all(
+    tmp_path: Path, written: Any, sweep: dict | None
+) -> None:
+    def entries(mu: int) -> list[dict]:
+        return [{"label": "a", "params": {"mu": mu}}, {"label": "b", "params": {}}]
+
+    configs = [(s, 0, config(strategy=entries(mu), sweep=sweep)) for mu in (1, 2) for s in "ab"]
+    assert split(tmp_path, written, configs) == [{"strategy.a.mu": 1}, {"strategy.a.mu": 2}]
+
+
+def test_comparisons_of_other_strategies_can_be_put_together(tmp_path: Path, written: Any) -> None:
+    listed = {"a": ["a", "b"], "c": ["a", "c"]}
+    configs = [(s, 0, config(strategy=[{"label": e} for e in listed[s]])) for s in "ac"]
+    assert split(tmp_path, written, configs) == [{}]
+
+
 def test_names_workers_and_checkpoints_are_no_setting(tmp_path: Path, written: Any) -> None:
     changes = [
         {"experiment": {"name": "x", "seeds": [3], "rounds": 2}},

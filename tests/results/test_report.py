@@ -115,6 +115,7 @@ def test_it_says_everything(page: Page) -> None:
         "fc.weight holds NaN",
         "out of <memory> | disk",
         "stopped by Ctrl-C",
+        "Not counted, because not finished: 1 run of FedProx (interrupted)",
         "15 of 30",
         "0123456789abcdef0123456789abcdef01234567",
         "data.partition.alpha",

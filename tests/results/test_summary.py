@@ -63,10 +63,12 @@ def test_a_run_that_never_reaches_the_target_counts(tmp_path: Path, written: Any
 
 
 def test_without_a_target_the_first_strategy_sets_it(tmp_path: Path, written: Any) -> None:
-    summary = study(tmp_path, written, {"a": [0.51234, 0.51236], "b": [0.6, 0.4]})
+    summary = study(tmp_path, written, {"a": [0.51274, 0.51276], "b": [0.6, 0.4]})
     assert (summary.target, summary.target_is_set) == (0.512, False)
     assert [line.reach and line.reach.reached for line in summary.lines] == [2, 1]
     assert study(tmp_path / "one", written, {"a": [0.5]}).target is None
+    low = study(tmp_path / "low", written, {"a": [1.2341], "b": [2.0]}, "loss")
+    assert low.target == 1.24
 
 
 def test_comparison(comparison: Path) -> None:

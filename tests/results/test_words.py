@@ -67,8 +67,8 @@ def test_size(count: float | None, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 s"), (0.5, "0.5 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"),
-     (864_000, "10 d"), (None, "–")],
+    [(0, "0 s"), (0.0123, "12.3 ms"), (0.9999, "1 s"), (119, "119 s"), (120, "2 min"),
+     (7200, "2 h"), (864_000, "10 d"), (None, "–")],
 )  # fmt: skip
 def test_duration(seconds: float | None, text: str) -> None:
     assert words.duration(seconds) == text

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 
 from fedsim.results import plots, words
-from fedsim.results.blocks import Block, Cell, Picture, Pictures, Section, Table, Text
+from fedsim.results.blocks import Block, Cell, Picture, Pictures, Section, Table, Text, Warn
 from fedsim.results.groups import Runs, higher_is_better
 from fedsim.results.sections import section
 from fedsim.results.statistics import Interval
@@ -21,8 +21,10 @@ def outcome(runs: Runs) -> Section | None:
     """The finding, quality and cost of every strategy, the metric's course and its final values."""
     summary = summarise(runs)
     if not summary.lines:
-        return Section("Result", (Text("No run has finished yet.", lead=True),))
+        nothing = Text("No run has finished yet.", lead=True)
+        return Section("Result", (nothing, *_left_out(runs)))
     blocks: list[Block] = [Text(finding(summary), lead=True)]
+    blocks += _left_out(runs)
     blocks += [_quality(runs, summary), Text(_quality_note(summary, runs))]
     pictures = [plots.curves(runs, summary.metric, first_axis(summary), summary.target)]
     pictures.append(plots.seeds(runs, summary.metric))
@@ -62,6 +64,19 @@ def sweep(runs: Runs) -> Section | None:
     if any(line.clients["worst10"] for s in summaries for line in s.lines):
         pictures.append(plots.sweep(groups, "client_worst10"))
     return Section(f"Across {key}", (table, *shown(pictures), *findings))
+
+
+def _left_out(runs: Runs) -> list[Block]:
+    """A warning where runs are left out: what fails is seldom what would have done well."""
+    told = []
+    for label in runs.labels:
+        failed = [run for run in runs if run.label == label and not run.finished]
+        if failed:
+            states = words.listed(sorted({str(run.status.get("state")) for run in failed}))
+            told.append(f"{words.plural(len(failed), 'run')} of {label} ({states})")
+    if not told:
+        return []
+    return [Warn(f"Not counted, because not finished: {words.listed(told)}; see “Runs” below.")]
 
 
 def shown(pictures: Iterable[Picture | None]) -> list[Block]:
