@@ -192,12 +192,17 @@ class _Live:
                     facts=f"run {event.index}/{event.total}",
                 )
             case RoundFinished() if self._tally:
-                tally = self._tally
+                tally, started = self._tally, self._tally.started
                 tally.add(event)
-                facts = _joined(tally.metric, tally.speed, size(tally.bytes))
-                self._bars.update(self._run, completed=event.round, facts=facts)
-                before = (tally.started.index - 1) * event.rounds
-                self._bars.update(self._all, completed=before + event.round)
+                left = event.rounds - event.round
+                facts = (tally.metric, tally.speed, size(tally.bytes), tally.left(left))
+                self._bars.update(self._run, completed=event.round, facts=_joined(*facts))
+                left += (started.total - started.index) * event.rounds
+                self._bars.update(
+                    self._all,
+                    completed=started.total * event.rounds - left,
+                    facts=_joined(f"run {started.index}/{started.total}", tally.left(left)),
+                )
             case RunFinished():
                 self._say(_summary(event, self._tally))
             case Notice():
@@ -209,20 +214,13 @@ class _Live:
 
 
 def _progress() -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[facts]}", markup=False),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         transient=True,
     )
 

@@ -333,7 +333,8 @@ def test_live_display(capsys: pytest.CaptureFixture[str]) -> None:
             tell(event)
         run, every = tell._bars.tasks
         assert (run.completed, run.total, run.description) == (2, 2, "FedAvg seed 3")
-        assert run.fields["facts"] == "accuracy 0.7500  2.0 clients/s  6 kB"
+        assert run.fields["facts"] == "accuracy 0.7500  2.0 clients/s  6 kB  0.0 s left"
+        assert every.fields["facts"] == "run 1/2  4.0 s left"
         assert (every.completed, every.total, every.visible) == (2, 4, True)
     shown = capsys.readouterr().out
     assert "x: client 3 was\\nrefused" in shown
