@@ -20,6 +20,7 @@ from fedsim.core.events import Notice
 from fedsim.core.records import count_bytes
 from fedsim.journal import locked
 from fedsim.runner import OnEvent, RunResult, Task, saved_config
+from fedsim.runtime.simulation import working_folder
 from fedsim.runtime.work import Environment
 from fedsim.tuning import tune
 
@@ -121,7 +122,9 @@ def serve(settings: Settings, grid: Grid, on_event: OnEvent | None = None) -> Ru
         on_event: told of every start, round and end.
     """
     name = settings.experiment.experiment.name
-    folder = Path(settings.out or RUNS / name / run_name(settings.entry, settings.seed))
+    folder = working_folder() / (
+        settings.out or RUNS / name / run_name(settings.entry, settings.seed)
+    )
     task = Task(settings.experiment, settings.entry, settings.seed, folder)
 
     def begin(task: Task, on_event: OnEvent | None, resume: bool) -> RunResult:

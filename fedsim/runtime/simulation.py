@@ -42,6 +42,8 @@ QUIET = {
 }
 """Nothing calls home; Ray leaves the environment as it is."""
 
+STARTED_IN = "FEDSIM_STARTED_IN"
+"""Environment variable: the folder this process was in before `mend_engine` left it."""
 REVIVED = {"max_restarts": -1, "max_task_retries": 1}
 """Options of Ray's actors: one that died is started again, its message sent once more."""
 
@@ -159,8 +161,15 @@ def mend_engine() -> None:
     It has been started in whatever folder, and loads the ClientApp before it starts Ray.
     """
     if Path(sys.argv[0]).name == "flwr-simulation":
+        os.environ[STARTED_IN] = str(Path.cwd())
         os.chdir(ROOT)
         mend_pool()
+
+
+def working_folder() -> Path:
+    """The folder that relative paths of the user start from."""
+    now = Path.cwd()  # read first: `mend_engine` may be at work in another thread
+    return Path(os.environ.get(STARTED_IN, now))
 
 
 def import_path() -> str:
