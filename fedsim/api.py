@@ -188,6 +188,11 @@ def compare(
         RunError: the folder holds another comparison, or cannot be written to.
     """
     folder = Path(out) if out else RUNS / experiment.experiment.name
+    with locked(folder):
+        return _compare(experiment, folder, on_event)
+
+
+def _compare(experiment: Experiment, folder: Path, on_event: OnEvent | None) -> Comparison:
     _claim(folder, experiment)
     tasks = [
         (variant, entry, seed, place / run_name(entry, seed))

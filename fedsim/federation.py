@@ -20,6 +20,7 @@ from fedsim.core.errors import RunError
 from fedsim.core.nodes import client_at, node_of
 from fedsim.core.records import as_flat, count_bytes, from_record
 from fedsim.core.strategy import Served, Setting, Strategy
+from fedsim.failpoints import crash_here
 from fedsim.gate import Gate
 from fedsim.intake import Intake, Row, Tally
 from fedsim.runtime import clock
@@ -117,6 +118,7 @@ class Federation:
         abandoned = False
         try:
             arrays, record = self._converse(server_round, progress.arrays, tally)
+            crash_here("round.aggregated")
             progress.arrays = progress.arrays if arrays is None else arrays
             metrics = record or {}
         except RoundAbandoned:
@@ -183,6 +185,7 @@ class Federation:
         nodes = self.cohort(server_round)
         if len(nodes) < self._quorum(self._goal):  # too few are connected to ask anybody
             raise RoundAbandoned
+        crash_here("round.sampled")
         view = View(self.grid, nodes)
         conversation = self.strategy.exchange(server_round, arrays, self.told(server_round), view)
         replies: Iterable[Message] | None = None
@@ -216,6 +219,7 @@ class Federation:
             seconds = self.device.seconds(self._work(row, verdict.reply), down, up)
             phase = max(phase, seconds)
             tally.add(client, bytes_down=down, bytes_up=up, seconds=seconds)
+            crash_here("reply.judged")
             if verdict.reply is not None:
                 good += 1
                 yield verdict.reply

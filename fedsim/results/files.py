@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fedsim.core.errors import RunError
+from fedsim.failpoints import crash_here
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -26,7 +27,9 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        crash_here("file.temporary")
         temporary.replace(path)
+        crash_here("file.renamed")
         sync_folder(path.parent)
     except OSError as error:
         raise RunError(

@@ -140,19 +140,19 @@ def mend_pool() -> None:
     import ray
     from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 
-    if BasicActorPool.__init__ is _revived:
-        return
-    _original.append(BasicActorPool.__init__)
-    BasicActorPool.__init__ = _revived
-    BasicActorPool.terminate_all_actors = lambda pool: [ray.kill(a) for a in pool.pool]
+    if BasicActorPool not in _mended:
+        _mended[BasicActorPool] = BasicActorPool.__init__
+        mended: Any = BasicActorPool
+        mended.__init__ = _revived
+        mended.terminate_all_actors = lambda pool: [ray.kill(a) for a in pool.pool]
 
 
-_original: list[Callable[..., None]] = []
+_mended: dict[type, Callable[..., None]] = {}
 
 
 def _revived(pool: Any, *args: Any, **kwargs: Any) -> None:
     kwargs["client_resources"] = {**kwargs["client_resources"], **REVIVED}
-    _original[0](pool, *args, **kwargs)
+    _mended[type(pool)](pool, *args, **kwargs)
 
 
 def mend_engine() -> None:
