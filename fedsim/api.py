@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from flwr.serverapp import Grid
 from fedsim import runner
 from fedsim.app_config import Settings
 from fedsim.app_config import find_strategy as find_strategy
-from fedsim.config import Experiment, StrategyConfig, override, slug
+from fedsim.config import Experiment, StrategyConfig, override, parse, slug
 from fedsim.core.errors import ConfigError, DataError, FedsimError, RunError
 from fedsim.core.events import Notice
 from fedsim.core.records import count_bytes
+from fedsim.core.text import tame
 from fedsim.journal import locked
 from fedsim.runner import OnEvent, RunResult, Task, saved_config
 from fedsim.runtime.simulation import working_folder
@@ -155,14 +157,26 @@ def resume(path: str | Path, on_event: OnEvent | None = None) -> RunResult | Com
     folder = Path(path)
     config = saved_config(folder)
     if config is not None:
-        experiment = Experiment.model_validate(config["experiment"])
-        entry = StrategyConfig.model_validate(config["strategy"])
-        return execute(Task(experiment, entry, int(config["seed"]), folder), on_event)
+        return execute(_saved_task(folder, config), on_event)
     plan_file = folder / EXPERIMENT_FILE
-    if plan_file.exists():
-        experiment = Experiment.model_validate_json(plan_file.read_text())
-        return compare(experiment, out=folder, on_event=on_event)
-    raise RunError(f"{folder} is no run and no comparison; give the folder that --out named")
+    if not plan_file.exists():
+        raise RunError(f"{folder} is no run and no comparison; give the folder that --out named")
+    try:
+        experiment = parse(json.loads(plan_file.read_text()), str(plan_file))
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{plan_file} is damaged: {error}") from None
+    return compare(experiment, out=folder, on_event=on_event)
+
+
+def _saved_task(folder: Path, config: dict[str, Any]) -> Task:
+    """The task that a run folder's `config.json` describes."""
+    file = folder / "config.json"
+    try:
+        experiment = parse(config["experiment"], str(file))
+        entry = StrategyConfig.model_validate(config["strategy"])
+        return Task(experiment, entry, int(config["seed"]), folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{file} is damaged: {tame(str(error))}") from None
 
 
 EXPERIMENT_FILE = "experiment.json"

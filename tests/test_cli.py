@@ -212,6 +212,21 @@ def test_folder_of_another_run() -> None:
     assert "no run and no comparison" in refused(4, "resume", ".")
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "code", "words"),
+    [
+        ("config.json", "{", 4, "config.json cannot be read"),
+        ("config.json", '{"seed": 1}', 4, "config.json is damaged: 'experiment'"),
+        ("config.json", '{"experiment": {"train": {"lr": -1}}}', 2, "train.lr = -1: must be > 0"),
+        ("experiment.json", "{", 4, "experiment.json is damaged: Expecting"),
+        ("experiment.json", "[]", 2, "experiment: is required"),
+    ],
+)
+def test_resume_of_a_damaged_folder(file: str, text: str, code: int, words: str) -> None:
+    Path(file).write_text(text)
+    assert words in refused(code, "resume", ".", "--quiet")
+
+
 # ------------------------------------------------------------------------------- what is raised
 
 
