@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -134,7 +134,7 @@ class FedLD(FedAvg):
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
+    ) -> Sequence[Message]:
         """As FedAvg, with the warm-up of the learning rate."""
         told: dict[str, Any] = dict(config)
         if self.warmup_rounds:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, Message
 
-from fedsim.core.averaging import Mean, MetricMean, examples_of, metrics_of, server_step
+from fedsim.core.averaging import means_of, server_step
 from fedsim.core.records import FlatRecord, as_flat
 from fedsim.core.strategy import Aggregate, Setting
 from strategies.fedavg import FedAvg
@@ -51,20 +51,16 @@ class Scaffold(FedAvg):
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
         """Average the models and move the control variate."""
-        models, changes, metrics = Mean(), Mean(), MetricMean()
-        for reply in replies:
-            records = reply.content.array_records
-            weight = examples_of(reply.content) if self.weighted else 1.0
-            models.add(records["arrays"], weight)
-            changes.add(records["control"], 1.0)
-            metrics.add(metrics_of(reply.content), weight)
-        mean, change = models.record(), changes.record()
+        means, metrics = means_of(
+            replies, {"arrays": self.weighted, "control": False}, self.weighted
+        )
+        mean, change = means["arrays"].record(), means["control"].record()
         if mean is None or change is None or self.arrays is None or self.control is None:
             return None, None
-        share = changes.total / self.setting.num_clients
+        share = means["control"].total / self.setting.num_clients
         moved = self.control.flat + share * as_flat(change, self.control.layout).flat
         self.control = self.control.with_flat(moved)
-        return server_step(self.arrays, mean, self.server_lr), metrics.record()
+        return server_step(self.arrays, mean, self.server_lr), metrics
 
     def state_dict(self) -> dict[str, Any]:
         """The server's control variate."""

@@ -1,17 +1,30 @@
-"""Weighted means of replies, one reply in memory at a time."""
+"""Weighted means of replies, one reply or one block of them in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsim.core.bulk import EXAMPLES, Block, Replies
 from fedsim.core.records import FlatRecord, as_flat
 
-EXAMPLES = "num-examples"
-"""Key of the number of training examples in a reply's metrics, as in Flower."""
+__all__ = [
+    "EXAMPLES",
+    "Mean",
+    "MetricMean",
+    "examples_of",
+    "mean_of",
+    "means_of",
+    "metrics_of",
+    "server_step",
+]
+
+Weights = NDArray[np.float64]
 
 
 class Mean:
@@ -34,14 +47,38 @@ class Mean:
             self._like = flat
             self._sum = torch.zeros_like(flat.flat, dtype=torch.float64)
         self._sum.add_(flat.flat, alpha=weight)
-        for name, value in flat.beside.items():
+        self._add_beside(flat.beside, weight)
+        self.total += weight
+
+    def add_mean(self, block: Block, name: str, vector: Tensor, weights: Weights) -> None:
+        """Add the mean of a block's rows.
+
+        Args:
+            block: whose record `name` it is.
+            name: of the array record.
+            vector: ``block.mean(name, weights)``.
+            weights: weight of each row.
+        """
+        total = float(weights.sum())
+        if self._sum is None:
+            beside = block.beside[0] if block.beside and name == "arrays" else None
+            like = torch.empty((), dtype=block.rows[name].dtype, device=vector.device)
+            self._like = FlatRecord(block.layouts[name], like, beside)
+            self._sum = torch.zeros_like(vector, dtype=torch.float64)
+        self._sum.add_(vector, alpha=total)
+        if name == "arrays":
+            for beside, weight in zip(block.beside, weights.tolist(), strict=False):
+                self._add_beside(beside, weight)
+        self.total += total
+
+    def _add_beside(self, beside: Mapping[str, Tensor], weight: float) -> None:
+        for name, value in beside.items():
             if value.is_floating_point():
                 term = value.double() * weight
                 self._beside[name] = term + self._beside.get(name, 0.0)
             else:
                 seen = self._beside.get(name, value)
                 self._beside[name] = torch.maximum(seen, value)
-        self.total += weight
 
     def record(self) -> FlatRecord | None:
         """The mean, in the records' dtypes; None if nothing was added."""
@@ -79,6 +116,14 @@ class MetricMean:
         }
         self.total += weight
 
+    def add_columns(self, block: Block, weights: Weights) -> None:
+        """Add the metrics of a block's rows with their weights."""
+        sums = {n: float((weights * v).sum()) for n, v in block.metrics.items() if n != EXAMPLES}
+        if self._sums is None:
+            self._sums = dict.fromkeys(sums, 0.0)
+        self._sums = {n: total + sums[n] for n, total in self._sums.items() if n in sums}
+        self.total += float(weights.sum())
+
     def record(self) -> MetricRecord:
         """The means by name; empty if nothing was added."""
         sums = self._sums or {}
@@ -107,14 +152,44 @@ def mean_of(
         key: name of the array record.
         weighted: weigh by the number of examples; otherwise all alike.
     """
-    mean, metrics = Mean(), MetricMean()
+    means, metrics = means_of(replies, {key: weighted}, weighted)
+    return means[key].record(), metrics
+
+
+def means_of(
+    replies: Iterable[Message], weighted: Mapping[str, bool], metrics_weighted: bool = True
+) -> tuple[dict[str, Mean], MetricRecord]:
+    """Means of several array records of the replies, and of their metrics, in one pass.
+
+    Replies that come in blocks are averaged block by block, where a block was computed.
+
+    Args:
+        replies: admitted replies in canonical order; each is dropped after it was added.
+        weighted: for each array record, whether to weigh by the number of examples.
+        metrics_weighted: the same for the metrics.
+    """
+    means, metrics = {name: Mean() for name in weighted}, MetricMean()
+    if isinstance(replies, Replies):
+
+        def weights(block: Block, wanted: bool) -> Weights:
+            return block.examples if wanted else np.ones(len(block))
+
+        def average(block: Block) -> tuple[Block, dict[str, Tensor]]:
+            return block, {n: block.mean(n, weights(block, w)) for n, w in weighted.items()}
+
+        for block, vectors in replies.map(average):
+            for name, vector in vectors.items():
+                means[name].add_mean(block, name, vector, weights(block, weighted[name]))
+            metrics.add_columns(block, weights(block, metrics_weighted))
+        return means, metrics.record()
     for reply in replies:
         if reply.has_error():
             continue
-        weight = examples_of(reply.content) if weighted else 1.0
-        mean.add(reply.content.array_records[key], weight)
-        metrics.add(metrics_of(reply.content), weight)
-    return mean.record(), metrics.record()
+        examples = examples_of(reply.content)
+        for name, mean in means.items():
+            mean.add(reply.content.array_records[name], examples if weighted[name] else 1.0)
+        metrics.add(metrics_of(reply.content), examples if metrics_weighted else 1.0)
+    return means, metrics.record()
 
 
 def server_step(old: ArrayRecord, mean: FlatRecord, lr: float) -> FlatRecord:

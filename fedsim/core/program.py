@@ -146,7 +146,7 @@ class LocalProgram:
         Raises:
             ConfigError: a value has the wrong type.
         """
-        values = {}
+        values: dict[str, Any] = {}
         for f in fields(cls):
             if f.name not in config:
                 continue

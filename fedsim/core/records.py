@@ -319,7 +319,7 @@ def array_bytes(array: Array) -> int:
 
 
 @lru_cache(maxsize=256)
-def _layout_bytes(layout: Layout) -> int:
+def record_bytes(layout: Layout) -> int:
     """Bytes of a record of this layout: headers, values and names."""
     return sum(
         _npy_header_bytes(_dtype_name(dtype), shape)
@@ -347,7 +347,7 @@ def count_bytes(content: RecordDict) -> int:
     total = 0
     for record in content.values():
         if isinstance(record, FlatRecord):
-            total += _layout_bytes(record.layout)
+            total += record_bytes(record.layout)
         elif isinstance(record, ArrayRecord):
             total += sum(len(name) + array_bytes(array) for name, array in record.items())
         else:

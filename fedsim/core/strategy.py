@@ -12,10 +12,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedsim.core.averaging import MetricMean, examples_of, metrics_of
+from fedsim.core.bulk import Broadcast
 from fedsim.core.model import ModelInfo
 
 Aggregate = tuple["ArrayRecord | None", "MetricRecord | None"]
-Exchange = Generator[list[Message], Iterable[Message], Aggregate]
+Exchange = Generator[Sequence[Message], Iterable[Message], Aggregate]
 Evaluate = Callable[[ArrayRecord, "int | None"], float]
 """Mean loss of a model: on the central test set (None), or on the data of one node."""
 
@@ -107,13 +108,33 @@ class Strategy(FlowerStrategy):
         record = RecordDict({**content, "config": ConfigRecord({**config, **self.client_config()})})
         return Message(record, dst_node_id=node, message_type=f"{kind}.{route(self.client)}")
 
+    def broadcast(
+        self,
+        kind: str,
+        content: Mapping[str, Any],
+        config: Mapping[str, Any],
+        nodes: Sequence[int],
+    ) -> Sequence[Message]:
+        """What `message` makes for each of these nodes, as one sequence.
+
+        Args:
+            kind: ``"train"`` or ``"evaluate"``.
+            content: array records by name.
+            config: configuration of the round.
+            nodes: node ids, ascending.
+        """
+        if type(self).message is not Strategy.message:
+            return [self.message(kind, content, config, node) for node in nodes]
+        record = RecordDict({**content, "config": ConfigRecord({**config, **self.client_config()})})
+        return Broadcast(record, f"{kind}.{route(self.client)}", nodes)
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
+    ) -> Sequence[Message]:
         """Send the model to every node of the grid (the runner's grid shows the cohort)."""
         told = {**config, "server-round": server_round}
         content = {"arrays": arrays, **self.client_arrays()}
-        return [self.message("train", content, told, n) for n in sorted(grid.get_node_ids())]
+        return self.broadcast("train", content, told, sorted(grid.get_node_ids()))
 
     @abstractmethod
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
@@ -143,16 +164,16 @@ class Strategy(FlowerStrategy):
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
+    ) -> Sequence[Message]:
         """Send every node of the grid the model meant for it."""
         told = {**config, "server-round": server_round}
         nodes = sorted(grid.get_node_ids())
-        messages = []
+        parts = []
         for served in self.models(arrays).values():
             mine = nodes if served.clients is None else sorted(set(nodes) & set(served.clients))
             content = {"arrays": served.arrays, **self.client_arrays()}
-            messages += [self.message("evaluate", content, told, n) for n in mine]
-        return messages
+            parts.append(self.broadcast("evaluate", content, told, mine))
+        return parts[0] if len(parts) == 1 else [m for part in parts for m in part]
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]

@@ -1,0 +1,167 @@
+"""Many messages at once: one content for many nodes, and replies in columns.
+
+Both are ordinary collections of Flower messages for everybody who iterates over them. Those who
+only need sums take the columns and spare the objects, which for small models cost more than the
+training itself.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, overload
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.core.records import FlatRecord, Layout, record_bytes
+
+T = TypeVar("T")
+EXAMPLES = "num-examples"
+"""Key of the number of training examples in a reply's metrics, as in Flower."""
+
+
+class Broadcast(Sequence[Message]):
+    """One content for many nodes: a sequence of messages, made when somebody looks at one.
+
+    Args:
+        content: what every node is sent; each message gets a `RecordDict` of its own.
+        message_type: type of the messages.
+        nodes: node ids, ascending.
+    """
+
+    def __init__(self, content: RecordDict, message_type: str, nodes: Sequence[int]) -> None:
+        self.content, self.message_type, self.nodes = content, message_type, nodes
+        self._built: list[Message] | None = None
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody has had a message in hand, to change it perhaps."""
+        return self._built is None
+
+    def _one(self, node: int) -> Message:
+        own = RecordDict(
+            {
+                name: ConfigRecord(dict(r)) if isinstance(r, ConfigRecord) else r
+                for name, r in self.content.items()
+            }
+        )
+        return Message(own, dst_node_id=node, message_type=self.message_type)
+
+    def _all(self) -> list[Message]:
+        if self._built is None:
+            self._built = [self._one(node) for node in self.nodes]
+        return self._built
+
+    @overload
+    def __getitem__(self, index: int) -> Message: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Message]: ...
+
+    def __getitem__(self, index: int | slice) -> Message | list[Message]:
+        return self._all()[index]
+
+    def __iter__(self) -> Iterator[Message]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Replies of several nodes in columns; row i belongs to ``nodes[i]``.
+
+    Attributes:
+        nodes: node ids, int64 [C].
+        layouts: layout of each array record, by name.
+        rows: the records' vectors, by name, shape [C, layout.size].
+        metrics: the metrics by name, [C]; whole numbers as int64, others as float64.
+        beside: for each row, entries of the record `arrays` that are not in its vector.
+        faults: what went wrong on nodes that gave no row, by node.
+        lasting: whether the vectors stay as they are after the block was handed on.
+    """
+
+    nodes: NDArray[np.int64]
+    layouts: Mapping[str, Layout]
+    rows: Mapping[str, Tensor]
+    metrics: Mapping[str, NDArray[Any]]
+    beside: Sequence[Mapping[str, Tensor]] = ()
+    faults: Mapping[int, str] = field(default_factory=dict)
+    lasting: bool = True
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def examples(self) -> NDArray[np.float64]:
+        """Training examples that each node reports."""
+        return self.metrics[EXAMPLES].astype(np.float64)
+
+    @property
+    def bytes_each(self) -> int:
+        """Payload bytes of one reply, as `count_bytes` counts them."""
+        arrays = sum(record_bytes(layout) for layout in self.layouts.values())
+        return arrays + sum(len(name) + 8 for name in self.metrics)
+
+    def content(self, row: int) -> RecordDict:
+        """The content of one reply."""
+        records: dict[str, Any] = {
+            name: FlatRecord(
+                layout,
+                self.rows[name][row],
+                self.beside[row] if self.beside and name == "arrays" else None,
+            )
+            for name, layout in self.layouts.items()
+        }
+        metrics = {name: column[row].item() for name, column in self.metrics.items()}
+        return RecordDict({**records, "metrics": MetricRecord(metrics)})
+
+    def take(self, rows: NDArray[np.int64]) -> Block:
+        """Only these rows."""
+        index = torch.from_numpy(rows)
+        return replace(
+            self,
+            nodes=self.nodes[rows],
+            rows={n: v[index.to(v.device)] for n, v in self.rows.items()},
+            metrics={n: v[rows] for n, v in self.metrics.items()},
+            beside=[self.beside[i] for i in rows.tolist()] if self.beside else (),
+            lasting=True,
+        )
+
+    def mean(self, name: str, weights: NDArray[np.float64]) -> Tensor:
+        """Weighted mean of a record's vectors, shape [layout.size], in memory of its own.
+
+        Args:
+            name: of the array record.
+            weights: above 0, shape [C].
+        """
+        rows = self.rows[name]
+        if len(rows) == 1 and self.lasting:
+            return rows[0]
+        if rows.dtype not in (torch.float32, torch.float64):
+            rows = rows.float()
+        share = torch.from_numpy(weights / weights.sum())
+        return share.to(rows) @ rows
+
+
+class Replies(Iterable[Message]):
+    """Replies that come in blocks, once; iterating over them gives ordinary messages."""
+
+    @abstractmethod
+    def map(self, then: Callable[[Block], T], keep: bool = False) -> Iterator[T]:
+        """Yield `then` of every block, in a fixed order.
+
+        Args:
+            then: called where the block was produced, on any thread.
+            keep: whether its vectors are needed after `then` has returned.
+        """
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Message]:
+        """The replies in order of nodes."""
