@@ -13,12 +13,13 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
+from fedsim import membership
 from fedsim.config import Experiment, StrategyConfig, TrainConfig
 from fedsim.core import rng
 from fedsim.core.averaging import examples_of, metrics_of
 from fedsim.core.errors import RunError
 from fedsim.core.nodes import client_at, node_of
-from fedsim.core.records import as_flat, count_bytes, from_record
+from fedsim.core.records import FlatRecord, as_flat, count_bytes, from_record
 from fedsim.core.strategy import Served, Setting, Strategy
 from fedsim.failpoints import crash_here
 from fedsim.gate import Gate
@@ -125,10 +126,20 @@ class Federation:
             abandoned = True
         row: Row = {"round": server_round, **tally.totals(), "abandoned": abandoned}
         row.update({"train_loss" if n == "loss" else n: v for n, v in metrics.items()})
-        row.pop("steps", None)
+        for name in ("steps", "cluster"):
+            row.pop(name, None)
         row.update(self.evaluate(server_round, progress.arrays, tally))
+        row.update(self._mark(tally))
         progress.round = server_round
         self._close(progress, tally, row, time.perf_counter() - start)
+
+    def _mark(self, tally: Tally) -> Row:
+        """Note the clients' clusters in their rows; what they give as columns of the round."""
+        found = membership.clusters(self.strategy, self.env.data)
+        for client, row in tally.rows.items():
+            if (name := found[client]) is not None:
+                row["cluster"] = name
+        return membership.columns(found, self.env.data)
 
     @staticmethod
     def _close(progress: Progress, tally: Tally, row: Row, seconds: float) -> None:
@@ -238,11 +249,9 @@ class Federation:
         metrics = metrics_of(reply.content)
         examples = int(examples_of(reply.content))
         row.update(status="ok", examples=examples)
-        loss, cluster, steps = (metrics.get(n) for n in ("loss", "cluster", "steps"))
+        loss, steps = (metrics.get(n) for n in ("loss", "steps"))
         if isinstance(loss, (int, float)):
             row["loss"] = float(loss)
-        if isinstance(cluster, (int, float)) and 0 <= cluster < 2**31:
-            row["cluster"] = int(cluster)
         done = max(0, int(steps)) if isinstance(steps, (int, float)) else 0
         passes = min(done * self.train.batch_size, self.train.epochs * examples)
         return passes * self._flops * (1 + clock.BACKWARD)
@@ -268,6 +277,7 @@ class Federation:
     def central(self, models: Mapping[str, Served]) -> Row:
         """Mean over models of their metrics on the central test set, weighted by their clients."""
         index = torch.from_numpy(np.asarray(self.env.data.central_test))
+        models = {n: m for n, m in models.items() if self._whole(m.arrays)}
         if not len(index) or not models:
             return {}
         sums, total = torch.zeros(3, dtype=torch.float64), 0.0
@@ -277,6 +287,13 @@ class Federation:
             total += weight
         loss, right, count = (sums / total).tolist()
         return self._named(loss / count, right / count)
+
+    def _whole(self, arrays: ArrayRecord) -> bool:
+        """Whether a model has every entry: one without its personal layers cannot be judged."""
+        layout = self.env.model.layout
+        return (isinstance(arrays, FlatRecord) and arrays.layout is layout) or set(
+            layout.names
+        ) <= set(arrays)
 
     def _measure(self, arrays: ArrayRecord, index: torch.Tensor) -> torch.Tensor:
         """Sums over these examples of loss, right predictions and positions; float64 [3]."""
@@ -332,6 +349,10 @@ class Federation:
         """The models at the end of the run, by name."""
         models = self.strategy.models(progress.arrays)
         return {name: from_record(served.arrays) for name, served in models.items()}
+
+    def artefacts(self) -> dict[str, Any]:
+        """JSON values that explain the run, by name."""
+        return membership.artefacts(self.strategy, self.env.data)
 
     def check_finite(self, progress: Progress) -> None:
         """Raise `RunError` if the server's model holds NaN or infinity (a diverged strategy)."""

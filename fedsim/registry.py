@@ -31,6 +31,8 @@ STRATEGIES = {
     "dpsgd": "strategies.dfedavg:DPSGD",
     "dfedsam": "strategies.dfedsam:DFedSAM",
     "dfedsam_mgs": "strategies.dfedsam:DFedSAMMGS",
+    "fedap": "strategies.fedap:FedAP",
+    "fedap_official": "strategies.fedap:FedAPOfficial",
     "fedavgm": "strategies.flower:FedAvgM",
     "fedadam": "strategies.flower:FedAdam",
     "fedyogi": "strategies.flower:FedYogi",
@@ -46,6 +48,7 @@ CLIENTS = {
     "fedprox": "clients.fedprox:FedProx",
     "scaffold": "clients.scaffold:Scaffold",
     "fedld": "clients.fedld:FedLD",
+    "fedap": "clients.fedap:FedAP",
     "fedsam": "clients.fedsam:FedSAM",
 }
 DEVICES = {

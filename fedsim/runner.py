@@ -331,6 +331,7 @@ class Run:
         self.writer.write_tables(progress.rounds, progress.clients, progress.timings)
         crash_here("run.tables")
         save_models(self.task.path, self.federation.final_models(progress))
+        save_artefacts(self.task.path, self.federation.artefacts())
         crash_here("run.models")
         self._status("finished", progress.round)
         metrics = numbers(progress.rounds[-1])
@@ -352,6 +353,15 @@ def save_models(path: Path, models: dict[str, dict[str, Any]]) -> None:
             file.parent.mkdir(exist_ok=True)
         data = save({n: t.contiguous().clone() for n, t in state.items()})
         write_atomic(file, partial(_fill, data))
+
+
+def save_artefacts(path: Path, artefacts: dict[str, Any]) -> None:
+    """Write `artefacts/NAME.json` for each of them."""
+    for name, content in artefacts.items():
+        file = path / "artefacts" / f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}.json"
+        file.parent.mkdir(exist_ok=True)
+        text = json.dumps(content, sort_keys=True, allow_nan=False)
+        write_atomic(file, partial(_fill, text.encode()))
 
 
 def _fill(data: bytes, file: BinaryIO) -> None:

@@ -175,6 +175,14 @@ class Strategy(FlowerStrategy):
             parts.append(self.broadcast("evaluate", content, told, mine))
         return parts[0] if len(parts) == 1 else [m for part in parts for m in part]
 
+    def cluster_of(self, node: int) -> int | None:
+        """The cluster that a node is in; None if it is in none, or there are no clusters."""
+        return None
+
+    def artefacts(self) -> dict[str, Any]:
+        """JSON values that explain the run, by name; each becomes a file of the run folder."""
+        return {}
+
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
