@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import signal
@@ -16,9 +15,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from fedsim import api, cli, progress
+from fedsim import api, cli
 from fedsim.core.errors import DataError
-from fedsim.core.events import Event, Notice, RoundFinished, RunFinished, RunStarted
+from fedsim.core.events import Event, RoundFinished, RunFinished, RunStarted
 from fedsim.runner import RunResult
 
 ROOT = Path(__file__).parent.parent
@@ -69,12 +68,10 @@ def refused(code: int, *arguments: str) -> str:
 
 
 def events(path: str = "runs/x") -> list[Event]:
-    """What a run of two rounds tells."""
+    """What a run of one round tells."""
     return [
-        RunStarted("x", "FedAvg", 3, 2, 1, 2),
-        RoundFinished("x", 1, 2, {"accuracy": 0.5, "loss": math.nan}, 4, 1000, 2000, 2.0),
-        Notice("x", "client 3 was\nrefused"),
-        RoundFinished("x", 2, 2, {"accuracy": 0.75}, 4, 1000, 2000, 2.0),
+        RunStarted("x", "FedAvg", 3, 1),
+        RoundFinished("x", 1, 1, {"accuracy": 0.75}, 4, 1000, 2000, 2.0),
         RunFinished("x", path, {"accuracy": 0.75}),
     ]
 
@@ -287,9 +284,6 @@ def test_a_failed_run_of_a_comparison(monkeypatch: pytest.MonkeyPatch, folder: P
     assert "report.html" in result.stdout
 
 
-# ------------------------------------------------------------------------------- progress
-
-
 def test_run_passes_everything_on(fake_run: Callable[..., Any]) -> None:
     calls = fake_run()
     change = ("--set", "train.lr=0.5", "--set", "strategy.fedprox.mu=2")
@@ -302,87 +296,10 @@ def test_run_passes_everything_on(fake_run: Callable[..., Any]) -> None:
     assert call["experiment"].strategy[1].params == {"mu": 2}
 
 
-def test_plain_lines(fake_run: Callable[..., Any]) -> None:
-    fake_run()
-    lines = fedsim("run", "study.toml", "--out", "there").stdout.splitlines()
-    assert lines[:4] == [
-        "[1/2] FedAvg seed 3: 2 rounds",
-        "x: round 1/2  accuracy 0.5000  2.0 clients/s  3 kB  2.0 s left",
-        "x: client 3 was\\nrefused",
-        "x: round 2/2  accuracy 0.7500  2.0 clients/s  6 kB  0.0 s left",
-    ]
-    assert re.fullmatch(r"x: finished  accuracy 0\.7500  6 kB  [\d.]+ m?s", lines[4])
-    assert lines[5:] == ["there  accuracy 0.7500"]
-
-
 def test_quiet(fake_run: Callable[..., Any]) -> None:
     fake_run()
     result = fedsim("run", "study.toml", "--out", "there", "--quiet")
     assert (result.stdout, result.stderr) == ("there  accuracy 0.7500\n", "")
-
-
-def test_json_lines(fake_run: Callable[..., Any]) -> None:
-    fake_run()
-    lines = fedsim("run", "study.toml", "--out", "there", "--json").stdout.splitlines()
-    told = [json.loads(line) for line in lines]
-    assert [t["event"] for t in told] == [
-        *("RunStarted", "RoundFinished", "Notice", "RoundFinished", "RunFinished", "Result"),
-    ]
-    assert told[1] == {
-        "event": "RoundFinished",
-        "run": "x",
-        "round": 1,
-        "rounds": 2,
-        "metrics": {"accuracy": 0.5, "loss": None},
-        "clients": 4,
-        "bytes_up": 1000,
-        "bytes_down": 2000,
-        "wall_seconds": 2.0,
-    }
-    assert told[-1]["path"] == "there"
-
-
-def test_live_display(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.showing("live") as tell:
-        for event in events():
-            tell(event)
-        run, every = tell._bars.tasks
-        assert (run.completed, run.total, run.description) == (2, 2, "FedAvg seed 3")
-        assert run.fields["facts"] == "accuracy 0.7500  2.0 clients/s  6 kB  0.0 s left"
-        assert every.fields["facts"] == "run 1/2  4.0 s left"
-        assert (every.completed, every.total, every.visible) == (2, 4, True)
-    shown = capsys.readouterr().out
-    assert "x: client 3 was\\nrefused" in shown
-    assert "x: finished  accuracy 0.7500" in shown
-
-
-def test_a_terminal_gets_the_live_display(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert progress.mode(False, False) == "live"
-    assert progress.mode(True, False) == "json"
-    assert progress.mode(False, True) == "quiet"
-
-
-@pytest.mark.parametrize(
-    ("count", "words"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"), (12_345_678, "12.3 MB")],
-)
-def test_sizes(count: int, words: str) -> None:
-    assert progress.size(count) == words
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (0, "0.0 s"),
-        (0.012, "12 ms"),
-        (59.96, "1 min 00 s"),
-        (185, "3 min 05 s"),
-        (7800, "2 h 10 min"),
-    ],
-)
-def test_durations(seconds: float, words: str) -> None:
-    assert progress.duration(seconds) == words
 
 
 # ------------------------------------------------------------------------------- for real
@@ -422,6 +339,14 @@ def test_partition_draws_a_picture() -> None:
     result = fedsim("partition", "study.toml", "--plot", "who.png")
     assert result.stdout == "who.png\n"
     assert Path("who.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_json(fake_run: Callable[..., Any]) -> None:
+    fake_run()
+    lines = fedsim("run", "study.toml", "--out", "there", "--json").stdout.splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [t["event"] for t in told] == ["RunStarted", "RoundFinished", "RunFinished", "Result"]
+    assert told[-1]["path"] == "there"
 
 
 def test_schema_is_json() -> None:
