@@ -210,7 +210,7 @@ def test_shapes_dtypes_and_strides_of_models() -> None:
     assert torch.equal(state["half"].reshape(-1), z[217:].half())
     with torch.inference_mode():
         x = torch.zeros(4)
-        combine(x, [5], [1.0])
+        combine(x, [5], torch.ones(1, dtype=torch.bfloat16))
     assert torch.equal(x, z[:4])
 
 
@@ -351,6 +351,8 @@ X = torch.zeros(10)
         (lambda: combine(X, [2**64], [1.0]), "2^64"),
         (lambda: combine(X, [0.5], [1.0]), "integers"),
         (lambda: combine(X, [[1]], [[1.0]]), "flat"),
+        (lambda: combine(X, [1], [float("nan")]), "finite"),
+        (lambda: combine(X, [1], ["much"]), "finite"),
         (lambda: combine(X, [1], [1.0], basis="normal"), "gaussian"),
         (lambda: combine(X, [1], [1.0], backend="triton"), "on cpu"),
         (lambda: combine(X, [1], [1.0], backend="fast"), "numba"),

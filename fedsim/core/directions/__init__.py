@@ -66,7 +66,7 @@ BASES = tuple(CODES)
 def combine(
     w: Vector,
     seeds: ArrayLike,
-    coefficients: ArrayLike,
+    coefficients: ArrayLike | torch.Tensor,
     *,
     basis: str = "gaussian",
     blocks: Sequence[int] | None = None,
@@ -90,10 +90,10 @@ def combine(
         threads: threads for numba; default torch's own number. Does not change bits.
 
     Raises:
-        ConfigError: wrong type, dtype, shape, layout, device, seed, basis or back end.
+        ConfigError: wrong type, dtype, shape, layout, device, seed, coefficient, basis, back end.
     """
     call = Call("combine", w, seeds, basis, blocks, offset, backend)
-    rows = np.asarray(coefficients, dtype=np.float64)
+    rows = _numbers(coefficients)
     shape = (len(call.seeds),) if blocks is None else (len(call.sizes), len(call.seeds))
     if rows.shape != shape:
         raise ConfigError(
@@ -121,6 +121,18 @@ def combine(
         if not x.is_inference():
             torch.autograd.graph.increment_version(x)
     _count(draws)
+
+
+def _numbers(coefficients: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
+    if isinstance(coefficients, torch.Tensor):
+        coefficients = coefficients.detach().double().cpu().numpy()
+    try:
+        rows = np.asarray(coefficients, dtype=np.float64)
+    except (TypeError, ValueError):
+        rows = np.full(1, np.nan)
+    if not np.isfinite(rows).all():
+        raise ConfigError("combine: a coefficient is not a finite number; it would spoil all of w")
+    return rows
 
 
 def _add(call: Call, x: torch.Tensor, index: int, plan: Plan) -> None:

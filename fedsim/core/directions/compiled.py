@@ -11,6 +11,7 @@ are the caller's: numba's own parallel loops may not be entered from several thr
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -292,34 +293,41 @@ def _eighth(x, out):
         out[n] = ((a[n] + e[n]) + (c[n] + g[n])) + ((b[n] + f[n]) + (d[n] + h[n]))
 
 
-def combine(w: NDArray[Any], index: int, plan: Plan) -> None:
-    """Add the combination to `w` [n] in place; `index` is the flat number of its first element."""
-    words, total = _scratch(CHUNK // 2, np.uint64), _scratch(CHUNK, w.dtype)
-    stream = u64(plan.stream)
-    if plan.basis == RADEMACHER32:
-        table = _scratch(4 * 256, w.dtype).reshape(4, 256)
-        _combine_groups(w, index, stream, plan.seeds, plan.coefficients, words, table, total)
-    else:
-        z = _scratch(CHUNK, np.float32)
-        _combine(
-            *(w, index, plan.basis, stream, plan.seeds, plan.coefficients, plan.series),
-            *(words, z, total),
-        )
-
-
-def dots(delta: NDArray[Any], index: int, plan: Plan, total: NDArray[np.float64]) -> None:
-    """Add the dot products of `delta` [n] with every direction to `total` [K], float64."""
-    words, z = _scratch(CHUNK // 2, np.uint64), _scratch(CHUNK, np.float32)
-    product = _scratch(CHUNK, delta.dtype)
-    _dots(
-        *(delta, index, plan.basis, u64(plan.stream), plan.seeds, plan.series),
-        *(words, z, product, _scratch(292, delta.dtype), total),
-    )
-
-
-def _scratch(count: int, dtype: Any) -> NDArray[Any]:
+def _aligned(count: int, dtype: Any) -> NDArray[Any]:
     """An array on a 64-byte boundary: vectors that straddle cache lines cost 6 %."""
     size = count * np.dtype(dtype).itemsize
     raw = np.empty(size + 64, dtype=np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype)
+
+
+class _Scratch(threading.local):
+    """Buffers of one thread, together about 90 kB."""
+
+    def __init__(self) -> None:
+        self.words, self.z = _aligned(CHUNK // 2, u64), _aligned(CHUNK, f32)
+        self.sums = {np.dtype(t): _aligned(CHUNK, t) for t in (f32, np.float64)}
+        self.tables = {t: _aligned(4 * 256, t).reshape(4, 256) for t in self.sums}
+        self.folds = {t: _aligned(292, t) for t in self.sums}
+
+
+_scratch = _Scratch()
+
+
+def combine(w: NDArray[Any], index: int, plan: Plan) -> None:
+    """Add the combination to `w` [n] in place; `index` is the flat number of its first element."""
+    basis, stream, seeds, coefficients, series = plan
+    words, total = _scratch.words, _scratch.sums[w.dtype]
+    if basis == RADEMACHER32:
+        table = _scratch.tables[w.dtype]
+        _combine_groups(w, index, u64(stream), seeds, coefficients, words, table, total)
+    else:
+        buffers = words, _scratch.z, total
+        _combine(w, index, basis, u64(stream), seeds, coefficients, series, *buffers)
+
+
+def dots(delta: NDArray[Any], index: int, plan: Plan, total: NDArray[np.float64]) -> None:
+    """Add the dot products of `delta` [n] with every direction to `total` [K], float64."""
+    buffers = _scratch.words, _scratch.z, _scratch.sums[delta.dtype], _scratch.folds[delta.dtype]
+    basis, stream, seeds, _, series = plan
+    _dots(delta, index, basis, u64(stream), seeds, series, *buffers, total)
