@@ -91,6 +91,7 @@ class Federation:
             seed,
             experiment.experiment.rounds,
             self.loss_of,
+            env.model.initial(),
         )
         strategy.setup(self.setting)
 

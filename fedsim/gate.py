@@ -18,6 +18,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedsim.core.averaging import EXAMPLES
+from fedsim.core.packets import PACKET, Expected, packet_of
 from fedsim.core.records import (
     BFLOAT16,
     NPY,
@@ -106,7 +107,11 @@ class Gate:
         admitted = RecordDict()
         for name, record in content.items():
             if isinstance(record, ArrayRecord):
-                record = self.checked(record, as_flat(expected[name]).layout)
+                want = expected[name]
+                if isinstance(want, Expected):
+                    _check_packet(record, want)
+                else:
+                    record = self.checked(record, as_flat(want).layout)
             admitted[name] = record
         return admitted
 
@@ -163,6 +168,21 @@ def _check_array(name: str, array: Array, shape: tuple[int, ...], dtype: str) ->
     if array.stype != NPY:
         raise Refusal("malformed", f"{name}: serialised as {one_line(str(array.stype))}")
     _check_npy(name, array.data, shape, np.dtype("uint16" if dtype == BFLOAT16 else dtype))
+
+
+def _check_packet(record: ArrayRecord, want: Expected) -> None:
+    """Compare a record of packed bytes with what may come; see `fedsim.core.packets`."""
+    if set(record) != {PACKET}:
+        raise Refusal("wrong_names", f"has {few(record)}, expected [{PACKET}]")
+    array = record[PACKET]
+    if len(array.shape) != 1 or not 0 <= array.shape[0] <= want.limit:
+        shape = one_line(str(tuple(array.shape)))
+        raise Refusal("wrong_shape", f"{PACKET}: {shape}, expected ({want.limit},) or shorter")
+    _check_array(PACKET, array, tuple(array.shape), "uint8")
+    try:
+        want.check(packet_of(record))
+    except ValueError as error:
+        raise Refusal("malformed", one_line(str(error))) from None
 
 
 _HEADER = re.compile(

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.func import functional_call
 
 from fedsim.core.criteria import Criterion
 from fedsim.core.records import FlatRecord, Layout
+from fedsim.core.vector import Resident
 
 Loss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """`loss(outputs, target, weight) -> scalar` of one client's batch."""
@@ -112,6 +114,11 @@ class FlatModel:
         """The values the module was built with."""
         return self._initial
 
+    @cached_property
+    def resident(self) -> Resident:
+        """The vector on which `fedsim.core.resident` programs work; the module's own memory."""
+        return Resident(self.module, self._initial)
+
     def replica(self, channels_last: bool = False) -> FlatModel:
         """The same model with a module of its own, for another thread.
 
@@ -120,6 +127,7 @@ class FlatModel:
                 and changes last bits.
         """
         twin = copy.copy(self)
+        twin.__dict__.pop("resident", None)
         twin.module, twin.channels_last = copy.deepcopy(self.module), channels_last
         return twin
 

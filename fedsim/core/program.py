@@ -130,6 +130,8 @@ class LocalProgram:
     """Names of vectors of shape [p] that stay on the client between its rounds."""
     vectorized: ClassVar[bool] = True
     """Whether `init`, `step` and `final` also hold for stacked vectors of shape [clients, p]."""
+    resident: ClassVar[bool] = False
+    """Whether it works in place on the one resident model (`fedsim.core.resident`)."""
 
     epochs: int = 1
     max_steps: int = 0

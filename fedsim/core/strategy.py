@@ -50,6 +50,7 @@ class Setting:
         rounds: number of rounds planned.
         evaluate: for diagnostics, where the server can evaluate models; on a node's data it uses
             the held-out examples, or the training examples where there are none.
+        initial: the initial model, which every client can make for itself; read-only.
     """
 
     info: ModelInfo
@@ -57,6 +58,7 @@ class Setting:
     seed: int
     rounds: int
     evaluate: Evaluate | None = None
+    initial: ArrayRecord | None = None
 
 
 class Strategy(FlowerStrategy):

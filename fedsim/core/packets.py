@@ -1,0 +1,93 @@
+"""Messages without a model: packed bytes in an `ArrayRecord`, as one entry of type uint8."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord
+
+from fedsim.core.records import TensorArray, to_tensor
+
+PACKET = "packet"
+"""Name of the entry."""
+HEADER = struct.Struct("<IHHII")
+"""Magic, version, algorithm, round, count; 16 bytes, little endian like all that follows."""
+MAGIC, VERSION = 0x53444546, 1
+
+
+def packet(data: bytes) -> ArrayRecord:
+    """A record that carries these bytes."""
+    return ArrayRecord({PACKET: TensorArray(torch.frombuffer(bytearray(data), dtype=torch.uint8))})
+
+
+def packet_of(record: ArrayRecord) -> bytes:
+    """The bytes that `packet` put into a record.
+
+    Raises:
+        ValueError: the record holds something else.
+    """
+    if set(record) != {PACKET} or record[PACKET].dtype != "uint8":
+        raise ValueError(f"a record of packed bytes has one entry {PACKET!r} of type uint8")
+    return bytes(np.ascontiguousarray(to_tensor(record[PACKET]).cpu().numpy()).data)
+
+
+class Expected(ArrayRecord):
+    """Stands in `Strategy.expected` for a record of packed bytes.
+
+    Args:
+        limit: most bytes.
+        check: called with the bytes; raises `ValueError` if they must not reach the strategy.
+    """
+
+    def __init__(self, limit: int, check: Callable[[bytes], object]) -> None:
+        super().__init__()
+        self.__dict__["limit"], self.__dict__["check"] = limit, check
+
+    limit: int
+    check: Callable[[bytes], object]
+
+
+class Header(NamedTuple):
+    """The first 16 bytes of a packet.
+
+    Attributes:
+        algorithm: which format follows.
+        round: number of the round.
+        items: how many items follow.
+    """
+
+    algorithm: int
+    round: int
+    items: int
+
+    def pack(self) -> bytes:
+        """The bytes."""
+        return HEADER.pack(MAGIC, VERSION, self.algorithm, self.round, self.items)
+
+    @staticmethod
+    def read(data: bytes, algorithm: int, round: int | None = None) -> Header:
+        """The header of a packet.
+
+        Args:
+            data: the packet.
+            algorithm: which one is expected.
+            round: which round is expected; None: any.
+
+        Raises:
+            ValueError: it is another algorithm's, version's or round's, or no packet.
+        """
+        if len(data) < HEADER.size:
+            raise ValueError(f"a packet of {len(data)} bytes has no header")
+        magic, version, found, number, count = HEADER.unpack_from(data)
+        if (magic, version, found) != (MAGIC, VERSION, algorithm):
+            raise ValueError(
+                f"packet {magic:#x} version {version} algorithm {found}; expected "
+                f"{MAGIC:#x} version {VERSION} algorithm {algorithm}"
+            )
+        if round is not None and number != round:
+            raise ValueError(f"packet of round {number}, expected round {round}")
+        return Header(found, number, count)
