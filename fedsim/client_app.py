@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsim.app_config import STATE, Settings
 from fedsim.config import Experiment
+from fedsim.core.bulk import Broadcast
 from fedsim.core.errors import RunError
 from fedsim.core.records import materialise
-from fedsim.runtime import code, flower
+from fedsim.runtime import code, flower, resident
+from fedsim.runtime.answers import CohortReplies
+from fedsim.runtime.engine import Engine
 from fedsim.runtime.envelope import ENROL, Enrolment, Envelope
 from fedsim.runtime.grid import describe
 from fedsim.runtime.keeping import Keeping
+from fedsim.runtime.request import Request
 from fedsim.runtime.serial import Serial
-from fedsim.runtime.work import PARTITION, Environment, action_of, finish, judged, work_of
+from fedsim.runtime.work import PARTITION, Environment, action_of, judged
 
 PARTITIONS = "num-partitions"
 """Key of the number of partitions in Flower's node configuration."""
@@ -55,15 +60,18 @@ class ProgramApp(ClientApp):
     Args:
         environment: use this one instead of what the run configuration says.
         run_config: use this one instead of the context's.
+        engine: answers broadcasts, with the given environment.
     """
 
     def __init__(
         self,
         environment: Environment | None = None,
         run_config: Mapping[str, bool | float | int | str] | None = None,
+        engine: Engine | None = None,
     ) -> None:
         super().__init__()
         self._given, self._run_config = environment, dict(run_config or {})
+        self._engine = engine
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ProgramApp, (None, self._run_config)
@@ -100,14 +108,32 @@ class ProgramApp(ClientApp):
         env = self.environment(context)
         if action not in env.programs or kind not in ("train", "evaluate"):
             return super().__call__(message, context)
-        work = work_of(message, context, env)
+        if env.programs[action].resident:
+            content = resident.answer(message, context, env)
+            return Message(content if self._given else materialise(content), reply_to=message)
+        said = Request(message.content, message.metadata.message_type, lambda _: context, env)
+        work = said.work(np.array([int(context.node_config[PARTITION])]))
         serial = Serial(env.model, env.data, debug=True)
         if kind == "evaluate":
             content = judged(*next(serial.measure(work, env.batch_size)))
         else:
-            (outcomes,) = serial.map(work, lambda outcomes: outcomes)
-            content = finish(outcomes, message, context, env)
+            (block,) = serial.map(work, said.finish)
+            content = block.content(0)
         return Message(content if self._given else materialise(content), reply_to=message)
+
+    def answer(
+        self, broadcast: Broadcast, context_of: Callable[[int], Context]
+    ) -> CohortReplies | None:
+        """All replies to a broadcast in columns; None if this app has no engine for them."""
+        kind, _, action = broadcast.message_type.partition(".")
+        if self._engine is None or self._given is None or action not in self._given.programs:
+            return None
+        if kind not in ("train", "evaluate") or "arrays" not in broadcast.content:
+            return None
+        if self._given.programs[action].resident:
+            return None
+        said = Request(broadcast.content, broadcast.message_type, context_of, self._given)
+        return CohortReplies(broadcast, said, self._engine)
 
     def _enrol(self, message: Message, context: Context) -> Message:
         """Say which clients live here."""

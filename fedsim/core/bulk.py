@@ -43,7 +43,8 @@ class Broadcast(Sequence[Message]):
         """Whether nobody has had a message in hand, to change it perhaps."""
         return self._built is None
 
-    def _one(self, node: int) -> Message:
+    def message_to(self, node: int) -> Message:
+        """A message to one node."""
         own = RecordDict(
             {
                 name: ConfigRecord(dict(r)) if isinstance(r, ConfigRecord) else r
@@ -54,7 +55,7 @@ class Broadcast(Sequence[Message]):
 
     def _all(self) -> list[Message]:
         if self._built is None:
-            self._built = [self._one(node) for node in self.nodes]
+            self._built = [self.message_to(node) for node in self.nodes]
         return self._built
 
     @overload
@@ -165,3 +166,33 @@ class Replies(Iterable[Message]):
     @abstractmethod
     def __iter__(self) -> Iterator[Message]:
         """The replies in order of nodes."""
+
+
+def in_order(
+    blocks: Iterator[Block],
+    nodes: Sequence[int],
+    reply: Callable[[int, RecordDict | str], Message],
+) -> Iterator[Message]:
+    """Take blocks apart into messages, in the order of `nodes`.
+
+    Args:
+        blocks: together they have a row or a fault for some of the nodes.
+        nodes: the order.
+        reply: makes the message of a node from its content or its fault.
+    """
+    waiting: dict[int, tuple[Block, int]] = {}
+    faults: dict[int, str] = {}
+    for node in nodes:
+        while node not in waiting and node not in faults:
+            block = next(blocks, None)
+            if block is None:
+                break
+            waiting.update({int(n): (block, i) for i, n in enumerate(block.nodes)})
+            faults.update(block.faults)
+        if node in faults:
+            yield reply(node, faults.pop(node))
+        elif node in waiting:
+            block, row = waiting.pop(node)
+            yield reply(node, block.content(row))
+    for _ in blocks:  # the end of the stream may have something to say
+        pass

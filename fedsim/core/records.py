@@ -132,6 +132,11 @@ class Layout:
         return tuple(n for n in self.order if self._spans[n][0] < self.num_trainable)
 
     @cached_property
+    def trained(self) -> Layout:
+        """The layout of the trainable entries alone: that of a program's vectors."""
+        return self.restrict(frozenset(self.trainable))
+
+    @cached_property
     def beside(self) -> tuple[str, ...]:
         """Names of the entries that are not in the vector (integer buffers, other dtypes)."""
         return tuple(n for n in self.names if n not in self._spans)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from threading import Lock
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedsim.core.nodes import client_at
+from fedsim.core.bulk import Broadcast, Replies
+from fedsim.core.nodes import client_at, node_of
 from fedsim.runtime import flower
+from fedsim.runtime.request import explain
 from fedsim.runtime.work import PARTITION
 
 
@@ -100,9 +101,23 @@ class LocalGrid(Grid):
     ) -> Iterable[Message]:
         """Replies in the order of `messages`, each computed when it is taken.
 
+        A broadcast that nobody has looked into goes to the engine of a `ProgramApp` as a whole.
         `timeout` (seconds) is ignored: nothing can get lost in one process.
         """
+        if isinstance(messages, Broadcast) and messages.untouched and not self._debug:
+            together = self._together(messages)
+            if together is not None:
+                return together
         return self._replies(self.push_messages(messages))
+
+    def _together(self, broadcast: Broadcast) -> Replies | None:
+        """The replies in columns, if the ClientApp gives such and the nodes are there."""
+        answer = getattr(self._app, "answer", None)
+        nodes = broadcast.nodes
+        if answer is None or not nodes or not 1 <= min(nodes) <= max(nodes) <= self.num_nodes:
+            return None
+        replies: Replies | None = answer(broadcast, lambda client: self.context(node_of(client)))
+        return replies
 
     def _replies(self, message_ids: Iterable[str]) -> Iterator[Message]:
         for number in message_ids:
@@ -203,12 +218,5 @@ class View(Grid):
 def describe(message: Message, error: BaseException, client: int | None = None) -> str:
     """One line on a client's exception: client, round, stage, error, and where it was raised."""
     client = client_at(message.metadata.dst_node_id) if client is None else client
-    records = message.content.config_records if message.has_content() else {}
-    config = records.get("config", ConfigRecord())
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    return (
-        f"client {client}, round "
-        f"{config.get('server-round', '?')!s}, {message.metadata.message_type}: "
-        f"{type(error).__name__}: {error}{where}"
-    )
+    content = message.content if message.has_content() else RecordDict()
+    return explain(client, content, message.metadata.message_type, error)

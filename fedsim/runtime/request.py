@@ -1,0 +1,208 @@
+"""From messages to work, and from its outcomes to replies."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast, overload
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
+from torch import Tensor
+
+from fedsim.core.bulk import EXAMPLES, Block
+from fedsim.core.errors import RunError
+from fedsim.core.nodes import node_of
+from fedsim.core.program import LocalProgram
+from fedsim.core.records import FlatRecord, Layout, as_flat, from_record
+from fedsim.runtime.cohort import Ints, Outcomes, Work
+from fedsim.runtime.work import Environment
+
+PRIVATE = "private"
+"""Name under which a client keeps the model entries that never leave it."""
+ContextOf = Callable[[int], Context]
+"""Gives the context of a client, by partition number."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one client or many are asked for, and where they keep their state.
+
+    Attributes:
+        content: what each of them is sent.
+        message_type: kind and client half, such as ``"train.fedavg"``.
+        context_of: gives the clients' contexts; asked for only where there is state.
+        env: data, model and client halves.
+    """
+
+    content: RecordDict
+    message_type: str
+    context_of: ContextOf
+    env: Environment
+
+    @property
+    def kind(self) -> str:
+        """``"train"`` or ``"evaluate"``."""
+        return self.message_type.partition(".")[0]
+
+    @property
+    def action(self) -> str:
+        """Which client half."""
+        return self.message_type.partition(".")[2]
+
+    def work(self, clients: Ints) -> Work:
+        """The work of these clients, by ascending partition number.
+
+        Raises:
+            FedsimError: there is no such client half, or configuration or model do not fit it.
+        """
+        env, config = self.env, self.content.config_records.get("config", ConfigRecord())
+        if self.action not in env.programs:
+            raise RunError(
+                f"no client half for route {self.message_type!r}; "
+                f"known: {', '.join(sorted(env.programs))}"
+            )
+        program = env.programs[self.action].from_config(config)
+        records = dict(self.content.array_records)
+        model, layout = records.pop("arrays"), env.model.layout
+        return Work(
+            program,
+            clients,
+            int(cast(int, config.get("server-round", 0))),
+            int(cast(int, config.get("seed", 0))),
+            self._start(model, program, clients),
+            {name: as_flat(record, layout.trained).flat for name, record in records.items()},
+            _Kept(self, {n: self._key(n) for n in program.keeps}, clients.tolist()),
+        )
+
+    def _key(self, name: str) -> str:
+        return f"{self.action}.{name}"
+
+    def _start(
+        self, model: ArrayRecord, program: LocalProgram, clients: Ints
+    ) -> FlatRecord | Sequence[FlatRecord]:
+        layout = self.env.model.layout
+        if isinstance(model, FlatRecord) and model.layout is layout:
+            return model
+        missing, extra = set(layout.names) - set(model), set(model) - set(layout.names)
+        private = program.private(self.env.model.info)
+        if extra or (missing and missing != private):
+            raise RunError(
+                f"the received model has unexpected entries {sorted(extra)} and lacks "
+                f"{sorted(missing - private)}"
+            )
+        if not missing:
+            return as_flat(model, layout)
+        return _Completed(self, model, private, clients.tolist())
+
+    def finish(self, outcomes: Outcomes, lasting: bool = True) -> Block:
+        """Keep on the clients what they keep, and return their replies.
+
+        Args:
+            outcomes: of their work; its vectors are changed.
+            lasting: whether its vectors stay as they are from now on.
+        """
+        layout, received = self.env.model.layout, self.content.array_records["arrays"]
+        trained, clients = layout.trained, outcomes.clients.tolist()
+        rows, beside = outcomes.flat, outcomes.beside
+        for name, vectors in outcomes.kept.items():
+            for client, vector in zip(clients, vectors, strict=True):
+                own = FlatRecord(trained, vector.clone())
+                self.context_of(client).state[self._key(name)] = own
+        if len(received) < len(layout.names):
+            shared = layout.restrict(frozenset(received))
+            private = layout.restrict(frozenset(layout.names) - frozenset(received))
+            flats, besides = _part(rows, beside, layout, private)
+            for i, client in enumerate(clients):
+                own = FlatRecord(private, flats[i].clone(), besides[i] if besides else None)
+                self.context_of(client).state[self._key(PRIVATE)] = own
+            rows, beside = _part(rows, beside, layout, shared)
+            layout = shared
+        if self.env.programs[self.action].replies == "delta":
+            rows.sub_(as_flat(received, layout).flat)
+        return Block(
+            np.array([node_of(c) for c in clients], np.int64),
+            {"arrays": layout, **dict.fromkeys(outcomes.sent, trained)},
+            {"arrays": rows, **outcomes.sent},
+            {EXAMPLES: outcomes.num_examples, "steps": outcomes.num_steps, **outcomes.metrics},
+            beside,
+            self.faults(outcomes.faults),
+            lasting,
+        )
+
+    def faults(self, errors: Mapping[int, Exception]) -> dict[int, str]:
+        """What clients' programs raised as one line each, by node."""
+        return {
+            node_of(client): explain(client, self.content, self.message_type, error)
+            for client, error in errors.items()
+        }
+
+
+def _part(
+    rows: Tensor, beside: list[dict[str, Tensor]], layout: Layout, part: Layout
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Some entries of models in rows."""
+    spans = [rows[:, layout.span(name)] for name in part.order]
+    flat = torch.cat(spans, 1) if spans else rows[:, :0].clone()
+    return flat, [{n: own[n] for n in part.beside} for own in beside]
+
+
+class _Kept(Mapping[int, Mapping[str, Tensor]]):
+    """What clients kept, read when asked for."""
+
+    def __init__(self, request: Request, keys: dict[str, str], clients: list[int]) -> None:
+        self._request, self._keys, self._clients = request, keys, clients
+
+    def __getitem__(self, client: int) -> Mapping[str, Tensor]:
+        if not self._keys:
+            return {}
+        layout = self._request.env.model.layout.trained
+        state = self._request.context_of(client).state.array_records
+        return {n: as_flat(state[k], layout).flat for n, k in self._keys.items() if k in state}
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._clients)
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+
+@dataclass(frozen=True)
+class _Completed(Sequence[FlatRecord]):
+    """The received model, completed by each client's private entries when asked for."""
+
+    request: Request
+    model: ArrayRecord
+    private: frozenset[str]
+    clients: list[int]
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    @overload
+    def __getitem__(self, index: int) -> FlatRecord: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> _Completed: ...
+
+    def __getitem__(self, index: int | slice) -> FlatRecord | _Completed:
+        if isinstance(index, slice):
+            return replace(self, clients=self.clients[index])
+        model, state = self.request.env.model, self.request.context_of(self.clients[index]).state
+        layout, own = model.layout, state.array_records.get(self.request._key(PRIVATE))
+        mine = model.initial().state() if own is None else from_record(own)
+        whole = {n: mine[n] for n in self.private} | from_record(self.model)
+        return FlatRecord(layout, layout.flatten(whole), {n: whole[n] for n in layout.beside})
+
+
+def explain(client: int, content: RecordDict, message_type: str, error: BaseException) -> str:
+    """One line on a client's exception: client, round, stage, error, and where it was raised."""
+    config = content.config_records.get("config", ConfigRecord())
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return (
+        f"client {client}, round {config.get('server-round', '?')!s}, {message_type}: "
+        f"{type(error).__name__}: {error}{where}"
+    )
