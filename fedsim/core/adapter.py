@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedsim.core.averaging import Mean, examples_of, metrics_of
 from fedsim.core.records import Layout, as_flat, from_record
-from fedsim.core.strategy import Aggregate, Setting, Strategy
+from fedsim.core.strategy import Aggregate, Exchange, Setting, Strategy
 
 
 class _Copies(ArrayRecord):
@@ -83,6 +83,17 @@ class Adapted(Strategy):
             content = {"arrays": arrays}
             messages.append(self.message("train", content, told, message.metadata.dst_node_id))
         return messages
+
+    def exchange(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Exchange:
+        """A round; if it fails, the inner strategy is put back to where it was before."""
+        before = self.state_dict()
+        try:
+            return (yield from super().exchange(server_round, arrays, config, grid))
+        except Exception:
+            self.load_state_dict(before)
+            raise
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
         """What the inner strategy makes of the parameters; buffers are averaged beside it."""
