@@ -42,16 +42,28 @@ class Tally:
             row[name] = row.get(name, 0) + value
 
     def refuse(self, client: int, refusal: Refusal) -> None:
-        """Note in the client's row why its reply was refused."""
+        """Note in the client's row why its reply was refused, after what a stray left there."""
         status = {"error_reply": "error", "late": "late"}.get(refusal.code, "refused")
-        self.row(client).update(status=status, reason=str(refusal))
+        row = self.row(client)
+        reasons = [r for r in (row.get("reason"), str(refusal)) if r]
+        row.update(status=status, reason="; ".join(reasons))
 
-    def stray(self, client: int, refusal: Refusal) -> None:
-        """Count a reply that answers no open message; it leaves an honest row as it is."""
+    def stray(self, client: int, refusal: Refusal, asked: bool) -> None:
+        """Count a reply that answers no open message.
+
+        Args:
+            client: who sent it.
+            refusal: what is wrong with it.
+            asked: whether the client has a message to answer, so that its row gets a status from
+                that; the stray leaves only its reason there.
+        """
+        known = 0 <= client < len(self._names)
+        if known and not asked and "status" not in self.row(client):
+            self.refuse(client, refusal)
+            return
         self.strays += 1
-        if 0 <= client < len(self._names) and "status" not in self.row(client):
-            self.row(client).update(status="refused", reason=str(refusal))
-            self.strays -= 1
+        if known:
+            self.row(client).setdefault("reason", str(refusal))
 
     def totals(self) -> Row:
         """The round's sums over clients, and its simulated duration."""
@@ -126,6 +138,7 @@ class Intake:
                 yield self._judged(message, reply, expected, most)
             return
         open_ = {m.metadata.message_id: m for m in sent}
+        nodes = {m.metadata.dst_node_id for m in sent}
         done: dict[str, Verdict] = {}
         good = 0
         for reply in replies:
@@ -133,7 +146,8 @@ class Intake:
             asked = open_.get(number)
             fault = self._fault(asked, reply, number in done)
             if asked is None or fault is not None:
-                tally.stray(client_at(reply.metadata.src_node_id), fault or _UNASKED)
+                node = reply.metadata.src_node_id
+                tally.stray(client_at(node), fault or _UNASKED, node in nodes)
                 continue
             done[number] = self._judged(asked, reply, expected, most)
             good += done[number].reply is not None
