@@ -15,10 +15,11 @@ import pytest
 
 from fedsim.config import StrategyConfig
 from fedsim.federation import Federation
+from fedsim.runtime.work import client_of
 from tests.contract import toy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """A strategy with parameters, on a toy model.
 
@@ -52,6 +53,11 @@ class Row:
     def entry(self) -> StrategyConfig:
         """The row as it stands in an experiment."""
         return StrategyConfig(name=self.strategy, params=dict(self.params), train=dict(self.train))
+
+    @property
+    def client(self) -> str:
+        """Name of its client half."""
+        return client_of(self.strategy, None)
 
     def federation(self, **options: Any) -> Federation:
         """A toy federation with this strategy; `options` are those of `toy.federation`."""
