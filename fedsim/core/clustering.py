@@ -196,7 +196,7 @@ def _cut(tree: Floats, rule: Rule, median: float) -> tuple[Ints, float, str]:
     return _flat(tree, height, "distance"), height, reason
 
 
-def _flat(tree: Floats, t: float, criterion: str) -> Ints:
+def _flat(tree: Floats, t: float, criterion: Literal["maxclust", "distance"]) -> Ints:
     return np.asarray(fcluster(tree, t, criterion), dtype=np.int64)
 
 

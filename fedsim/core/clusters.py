@@ -65,18 +65,26 @@ class ClusteredStrategy(Strategy):
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
+    ) -> Sequence[Message]:
         """Send every node the model of its cluster."""
         common = {**config, "server-round": server_round}
-        return [
-            self.message(
+        asked: dict[Any, list[int]] = {}
+        models: dict[int, ArrayRecord] = {}
+        for node in sorted(grid.get_node_ids()):
+            model = self.model_for(node, server_round)
+            models[id(model)] = model
+            more = tuple(sorted(self.told(node, server_round).items()))
+            asked.setdefault((id(model), more), []).append(node)
+        parts = [
+            self.broadcast(
                 "train",
-                {"arrays": self.model_for(n, server_round), **self.client_arrays()},
-                {**common, **self.told(n, server_round)},
-                n,
+                {"arrays": models[model], **self.client_arrays()},
+                {**common, **dict(more)},
+                nodes,
             )
-            for n in sorted(grid.get_node_ids())
+            for (model, more), nodes in asked.items()
         ]
+        return parts[0] if len(parts) == 1 else [m for part in parts for m in part]
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
         """The mean of every cluster, and what `regroup` makes of the replies."""

@@ -164,12 +164,12 @@ class HierarchicalStrategy(ClusteredStrategy):
         joins = bool(self.members) and node not in self.members
         if not (self._due or joins):
             return self.members.get(node)
-        self._points[node] = self.signature_of(record)
+        self._points[node] = self.signature_of(record, reply)
         if self.init == "members" or joins:
             self._models[node] = record
         return False
 
-    def signature_of(self, record: ArrayRecord) -> Any:
+    def signature_of(self, record: ArrayRecord, reply: Message) -> Any:
         """The vector by which a client is clustered, from its model; float64 [d]."""
         info = self.setting.info
         layout = info.layout
@@ -203,7 +203,7 @@ class HierarchicalStrategy(ClusteredStrategy):
     def _cluster(self, server_round: int) -> None:
         ids = sorted(self._points)
         points = np.stack([self._points[n] for n in ids])
-        pairs = clustering.distances(points, self.rule.metric)
+        pairs = self.pairs_of(points)
         if len(ids) > 1:
             found = clustering.from_distances(np.array(ids), pairs, self.rule, points)
         else:
@@ -215,11 +215,15 @@ class HierarchicalStrategy(ClusteredStrategy):
         for name in sorted(self.heads):
             inside = [i for i, n in enumerate(ids) if self.members[n] == name]
             if inside:
-                self.centres[name] = [len(inside), torch.from_numpy(points[inside].mean(0))]
+                self.centres[name] = [len(inside), self.centre_of(points[inside])]
         told = clustering.explain(found, pairs)
         clients = [n - 1 for n in ids]
         names = [self.members[n] for n in ids]
         self.history.append({"round": server_round, "clients": clients, "cluster": names, **told})
+
+    def pairs_of(self, points: Any) -> Any:
+        """Condensed distances of the signatures, float64 [N (N - 1) / 2]."""
+        return clustering.distances(points, self.rule.metric)
 
     def _renamed(self, found: Clustering, points: Any) -> dict[int, int]:
         """The new clusters under their old names; the old clusters if the new are hardly better."""
@@ -247,21 +251,28 @@ class HierarchicalStrategy(ClusteredStrategy):
                 heads[name] = as_flat(self._archived(), self.setting.info.layout)
         return heads
 
+    def centre_of(self, points: Any) -> torch.Tensor:
+        """What is kept of a cluster's signatures, for joiners: their mean."""
+        return torch.from_numpy(points.mean(0))
+
+    def costs(self, point: Any, names: list[int]) -> Any:
+        """How far a joiner's signature is from each of the clusters, float64 [K]."""
+        centres = np.stack([self.centres[c][1].numpy() for c in names])
+        return clustering.merge_cost(point, centres, [self.centres[c][0] for c in names])
+
     def _join(self) -> None:
         """Late joiners: to the nearest cluster, or beyond the threshold to one of their own."""
-        names = sorted(self.centres)
-        centres = np.stack([self.centres[c][1].numpy() for c in names])
-        sizes = [self.centres[c][0] for c in names]
+        names, fresh = sorted(self.centres), self.fresh
         limit = self.limit if self.late_joiner == "threshold" else float("inf")
         members, heads = dict(self.members), dict(self.heads)
         for node in sorted(self._points):
-            place = clustering.assign(self._points[node], centres, sizes, limit)
-            if place is not None:
-                members[node] = names[place]
+            cost = self.costs(self._points[node], names)
+            if cost.min() <= limit:
+                members[node] = names[int(cost.argmin())]
                 continue
-            members[node], self.fresh = self.fresh, self.fresh + 1
+            members[node], fresh = fresh, fresh + 1
             heads[members[node]] = as_flat(self._models[node], self.setting.info.layout)
-            self.centres[members[node]] = [1, torch.from_numpy(self._points[node])]
+            self.centres[members[node]] = [1, self.centre_of(self._points[node][None])]
         self.settle(members, heads)
 
     def _merge(self, server_round: int) -> None:

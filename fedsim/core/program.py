@@ -80,6 +80,7 @@ class LocalState:
         num_steps: local steps of this round.
         num_examples: training examples of this client.
         round: number of the round, from 1.
+        losses: training loss of each gradient so far, scalars.
     """
 
     w: Tensor
@@ -87,6 +88,7 @@ class LocalState:
     num_steps: Any
     num_examples: Any
     round: int
+    losses: list[Tensor]
 
     def __init__(self) -> None:
         self.received: MutableMapping[str, Tensor] = {}
@@ -103,6 +105,14 @@ class LocalState:
             training: False evaluates the module in evaluation mode (frozen BatchNorm).
         """
         raise TypeError("a LocalState is made by an executor")
+
+    def loss_at(self, batch: Batch, at: Tensor) -> Tensor:
+        """The program's loss on `batch` at another point, shape [1]; module in evaluation mode.
+
+        It does not count as a loss of the training.
+        """
+        self.gradient(batch, at=at, training=False)
+        return self.losses.pop().unsqueeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +171,10 @@ class LocalProgram:
                 )
             values[f.name] = value
         return cls(**values)
+
+    def fitted(self, info: ModelInfo) -> Self:
+        """The program for a model of which only now something is known; default: as it is."""
+        return self
 
     def private(self, info: ModelInfo) -> frozenset[str]:
         """Names of the model entries that never leave the client (personal layers)."""

@@ -64,7 +64,7 @@ class Request:
                 f"no client half for route {self.message_type!r}; "
                 f"known: {', '.join(sorted(env.programs))}"
             )
-        program = env.programs[self.action].from_config(config)
+        program = env.programs[self.action].from_config(config).fitted(env.model.info)
         records = dict(self.content.array_records)
         model, layout = records.pop("arrays"), env.model.layout
         return Work(
