@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -142,11 +143,12 @@ def measure(bases: Sequence[str], size: int, budget: float, repeats: int) -> Tim
     return timings
 
 
-def clock(call: Callable[..., None], *arguments: np.ndarray) -> float:
-    """Seconds that the call takes."""
-    start = time.perf_counter()
+def clock(call: Callable[..., object], *arguments: np.ndarray) -> float:
+    """Seconds that the call takes, by the clock on the wall or (--busy) of this process."""
+    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = now()
     call(*arguments)
-    return time.perf_counter() - start
+    return now() - start
 
 
 def floor(threads: int) -> float | None:
@@ -183,6 +185,12 @@ def extra_memory(size: int) -> float | None:
         return status("VmHWM") - before
     except (OSError, KeyError):
         return None
+
+
+def cores() -> str:
+    """How many processors, and whether they have AVX-512."""
+    text = Path("/proc/cpuinfo").read_text("utf-8") if Path("/proc/cpuinfo").exists() else ""
+    return f"{os.cpu_count()} {'AVX-512 ' if 'avx512f' in text else ''}".strip()
 
 
 def status(field: str) -> float:
@@ -229,12 +237,21 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--quick", action="store_true", help="a million parameters, once: seconds")
+    parser.add_argument(
+        "--busy",
+        action="store_true",
+        help="one thread each, and processor time: for a machine that others use at the same time",
+    )
     options = parser.parse_args(argv)
+    if options.busy:
+        torch.set_num_threads(1)
     threads = torch.get_num_threads()
     word = floor(threads)
     print(
         f"fedsim runs {directions.backend()} on {threads} threads"
         + ("" if word is None else f"; Philox alone makes {1e-9 / word:.2f} Gwords/s (the floor)")
+        + f"; {cores()} cores, load {os.getloadavg()[0]:.1f} before"
+        + (", processor time" if threads == 1 else "")
     )
     print(HEAD)
     rows: list[dict[str, Any]] = []
