@@ -35,6 +35,7 @@ from fedsim.runtime import code
 from fedsim.runtime.grid import LocalGrid
 from fedsim.runtime.remote import RemoteGrid
 from fedsim.runtime.simulation import simulate
+from fedsim.runtime.threads import one_thread
 from fedsim.runtime.work import Environment, client_of
 
 OnEvent = Callable[[Event], None]
@@ -215,6 +216,7 @@ class Run:
     def _rounds(self) -> int:
         return self.task.experiment.experiment.rounds
 
+    @one_thread()
     def execute(self, resume: bool = False) -> RunResult:
         """Run all rounds that are left.
 
