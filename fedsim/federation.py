@@ -43,6 +43,7 @@ class Progress:
         rounds: rows of the rounds table.
         clients: rows of the clients table.
         timings: rows of the timings table, measured seconds.
+        ledger: rounds and entries that are not in the ledger's file yet.
     """
 
     round: int
@@ -50,6 +51,7 @@ class Progress:
     rounds: list[Row] = field(default_factory=list)
     clients: list[Row] = field(default_factory=list)
     timings: list[Row] = field(default_factory=list)
+    ledger: list[tuple[int, bytes]] = field(default_factory=list)
 
 
 class Federation:
@@ -123,6 +125,9 @@ class Federation:
             crash_here("round.aggregated")
             progress.arrays = progress.arrays if arrays is None else arrays
             metrics = record or {}
+            entry = self.strategy.ledger_entry()
+            if entry is not None:
+                progress.ledger.append((server_round, entry))
         except RoundAbandoned:
             abandoned = True
         row: Row = {"round": server_round, **tally.totals(), "abandoned": abandoned}

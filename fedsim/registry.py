@@ -45,6 +45,8 @@ STRATEGIES = {
     "fedrep": "strategies.fedrep:FedRep",
     "apfl": "strategies.apfl:APFL",
     "pfedme": "strategies.pfedme:PFedMe",
+    "fedkseed": "strategies.fedkseed:FedKSeed",
+    "fedkseed_pro": "strategies.fedkseed:FedKSeedPro",
     "fedavgm": "strategies.flower:FedAvgM",
     "fedadam": "strategies.flower:FedAdam",
     "fedyogi": "strategies.flower:FedYogi",
@@ -71,6 +73,7 @@ CLIENTS = {
     "apfl": "clients.apfl:APFL",
     "pfedme": "clients.pfedme:PFedMe",
     "fedsam": "clients.fedsam:FedSAM",
+    "fedkseed": "clients.fedkseed:FedKSeed",
 }
 DEVICES = {
     "workstation": "fedsim.runtime.clock:workstation",

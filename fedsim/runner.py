@@ -29,6 +29,7 @@ from fedsim.core.strategy import Strategy
 from fedsim.failpoints import crash_here
 from fedsim.federation import Federation, Progress
 from fedsim.journal import Journal, Snapshot, locked
+from fedsim.ledger import Ledger
 from fedsim.results import RunWriter, environment
 from fedsim.results.files import write_atomic
 from fedsim.runtime import code
@@ -39,6 +40,8 @@ from fedsim.runtime.threads import one_thread
 from fedsim.runtime.work import Environment, client_of
 
 OnEvent = Callable[[Event], None]
+LEDGER = "ledger.bin"
+"""Name of the ledger in the run folder, for strategies that keep one."""
 TABLES_EVERY = 5.0
 """Seconds between writes of the tables while a run goes on; the journal has every round."""
 
@@ -210,6 +213,7 @@ class Run:
         )
         self.writer = RunWriter(task.path)
         self.journal = Journal(task.path / "checkpoints", task.experiment.journal.keep)
+        self.ledger = Ledger(task.path / LEDGER)
         self._tables_written = time.monotonic()
 
     @property
@@ -232,6 +236,7 @@ class Run:
             self.writer.write_environment(environment())
             if isinstance(self.grid, LocalGrid):
                 self.journal.clear()
+            self.ledger.keep_until(0)
             crash_here("run.begun")
         self._tell(
             RunStarted(
@@ -285,6 +290,8 @@ class Run:
 
     def _save(self, progress: Progress) -> None:
         states = {str(node): tree_of(state) for node, state in self.grid.changed_states().items()}
+        self.ledger.append(progress.ledger)
+        progress.ledger.clear()
         self.journal.save(
             Snapshot(
                 progress.round,
@@ -303,6 +310,7 @@ class Run:
             self._tables_written = time.monotonic()
 
     def _restore(self, snapshot: Snapshot) -> Progress:
+        self.ledger.keep_until(snapshot.round)
         initial = self.env.model.initial()
         names = set(snapshot.server)
         arrays: ArrayRecord = to_record(snapshot.server)

@@ -21,7 +21,8 @@ MAGIC, VERSION = 0x53444546, 1
 
 def packet(data: bytes) -> ArrayRecord:
     """A record that carries these bytes."""
-    return ArrayRecord({PACKET: TensorArray(torch.frombuffer(bytearray(data), dtype=torch.uint8))})
+    array = np.frombuffer(data, np.uint8).copy()
+    return ArrayRecord({PACKET: TensorArray(torch.from_numpy(array))})
 
 
 def packet_of(record: ArrayRecord) -> bytes:

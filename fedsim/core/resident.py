@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord
@@ -96,8 +95,3 @@ class ResidentProgram(LocalProgram):
         for batch in s.batches():
             self.step(s, batch)
         s.replies["arrays"] = s.model()
-
-
-def mean(values: list[float]) -> Any:
-    """Mean of losses; NaN if there are none."""
-    return float(np.mean(values)) if values else float("nan")

@@ -195,6 +195,13 @@ class Strategy(FlowerStrategy):
                 mean.add(metrics_of(reply.content), examples_of(reply.content))
         return mean.record() if mean.total else None
 
+    def ledger_entry(self) -> bytes | None:
+        """What the last aggregated round adds to the run's ledger; None: this strategy has none.
+
+        From all entries `replay` makes what the server holds, without any checkpoint.
+        """
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """State that outlives a round: tensors, numbers, strings, lists and dicts of these."""
         return {}

@@ -15,7 +15,7 @@ from fedsim.core import rng
 from fedsim.core.averaging import EXAMPLES
 from fedsim.core.program import Batch, Gradient
 from fedsim.core.records import FlatRecord, as_flat
-from fedsim.core.resident import ResidentProgram, ResidentState, mean
+from fedsim.core.resident import ResidentProgram, ResidentState
 from fedsim.runtime.plan import Plan
 from fedsim.runtime.serial import Fields, PartGradient
 from fedsim.runtime.work import PARTITION, Environment, action_of, judged
@@ -41,7 +41,7 @@ class OneState(ResidentState):
         self.start = env.model.initial().flat[: self.num_parameters]
         spans = [layout.span(n) for n in layout.trainable]
         self.sizes = tuple(s.stop - s.start for s in spans)
-        self.losses: list[float] = []
+        self.measured: list[float] = []
 
     @property
     def w(self) -> Tensor:
@@ -76,7 +76,7 @@ class OneState(ResidentState):
             return self._program.loss(model.criterion, outputs, target, weight)
 
         value, parts = model.gradients(resident.flat, resident.beside, batch.fields, loss, training)
-        self.losses.append(float(value))
+        self.measured.append(float(value))
         return PartGradient(model.layout, parts, self.w)
 
     def stream(self, purpose: str) -> np.random.Generator:
@@ -125,7 +125,7 @@ def answer(message: Message, context: Context, env: Environment) -> RecordDict:
     metrics: dict[str, Any] = {
         EXAMPLES: s.num_examples,
         "steps": s.num_steps,
-        "loss": mean(s.losses),
+        **({"loss": float(np.mean(s.measured))} if s.measured else {}),
         **{n: float(v) for n, v in s.metrics.items()},
     }
     return RecordDict({**s.replies, "metrics": MetricRecord(metrics)})

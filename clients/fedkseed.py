@@ -1,0 +1,118 @@
+"""Client half of FedKSeed and FedKSeed-Pro."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+
+import numpy as np
+from torch import Tensor
+
+from fedsim.core import directions, kseed
+from fedsim.core.errors import ConfigError, require
+from fedsim.core.packets import packet, packet_of
+from fedsim.core.resident import ResidentProgram, ResidentState
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedKSeed(ResidentProgram):
+    """Zeroth-order steps in place along directions of a shared pool of seeds (A1 to A5).
+
+    Every step draws a seed, evaluates one minibatch at ``w + eps z`` and ``w - eps z`` in
+    evaluation mode, and goes ``w <- w - lr g z``; restoring and step are one walk, so a step takes
+    three walks over the parameters and two forward passes. Only (place of the seed, g) goes back.
+    A step whose loss is not finite, or differs by more than `loss_clip` (0: off), is discarded.
+    Which seed is drawn comes from the client's own stream, never from the directions'.
+
+    Attributes:
+        eps: half the distance of the two points.
+        pool: number of seeds, K.
+        master: number that the pool is derived from.
+        basis: kind of direction.
+        layout: what the server takes the model for.
+        rebuild_mode: ``"exact"`` or ``"incremental"``.
+        loss_clip: discard steps of which the two losses differ by more; 0: none.
+        exact_restore: restore from a copy of `w` instead of adding back (memory: one vector more).
+
+    Raises:
+        ConfigError: weight decay or momentum is asked for: the seeds and scalars could not tell
+            the server what they did; or a parameter is out of range.
+    """
+
+    eps: float = 5e-4
+    pool: int = 4096
+    master: int = 0
+    basis: str = "gaussian"
+    layout: str = ""
+    rebuild_mode: str = "exact"
+    loss_clip: float = 0.0
+    exact_restore: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("weight_decay", "momentum"):
+            require(getattr(self, name) == 0, f"train.{name}", getattr(self, name), "0")
+        require(self.eps > 0, "eps", self.eps, "above 0")
+
+    @property
+    def incremental(self) -> bool:
+        """Whether only what changed in the accumulators is added."""
+        return self.rebuild_mode == "incremental"
+
+    def name(self, s: ResidentState) -> bytes | None:
+        """The accumulators as received."""
+        data = packet_of(s.records["arrays"])
+        return data[16 : 16 + 4 * self.pool]
+
+    def rebuild(self, s: ResidentState, flat: Tensor, held: bytes | None) -> None:
+        """The model from the initial one (or the one before) and the accumulators (A7)."""
+        mark = kseed.layout_mark(s.sizes, flat.dtype, self.basis)
+        if self.layout and mark != self.layout:
+            raise ConfigError(
+                f"layout = {mark} must be the server's, {self.layout}: other parameters, order, "
+                "dtype or random stream"
+            )
+        sums, _ = kseed.read_down(packet_of(s.records["arrays"]), self.pool)
+        if held is not None:
+            sums = sums - np.frombuffer(held, "<f4").astype(np.float64)
+        seeds = directions.pool(self.master, self.pool)
+        kseed.rebuild(flat[: s.num_parameters], seeds, sums, self.lr, self.basis)
+
+    def run(self, s: ResidentState) -> None:
+        """Take the steps; answer with the pairs of those that were not discarded."""
+        _, chances = kseed.read_down(packet_of(s.records["arrays"]), self.pool)
+        if chances is not None:
+            chances = chances / chances.sum()
+        seeds = directions.pool(self.master, self.pool)
+        places = s.stream("seeds").choice(self.pool, s.num_steps, p=chances)
+        pairs: list[kseed.Pair] = []
+        losses: list[float] = []
+        for place, batch in zip(places.tolist(), s.batches(), strict=True):
+            g, value = self.take(s, int(seeds[place]), lambda batch=batch: s.loss(batch))
+            if g is not None:
+                pairs.append((place, g))
+            if isfinite(value):
+                losses.append(value)
+        per_epoch = -(-s.num_examples // self.batch_size)
+        s.replies["arrays"] = packet(kseed.pack_up(s.round, per_epoch, pairs, self.pool))
+        if losses:
+            s.metrics["loss"] = float(np.mean(losses))
+        s.metrics["discarded"] = float(s.num_steps - len(pairs))
+
+    def take(self, s: ResidentState, seed: int, loss: object) -> tuple[float | None, float]:
+        """One step: changes `s.w`, and gives the scalar gradient as sent, and the loss.
+
+        A discarded step gives None and leaves `s.w` as it was.
+        """
+        w, lr = s.w, self.lr
+        copy = w.clone() if self.exact_restore else None
+        above, below, g = kseed.two_point(w, seed, self.eps, loss, self.basis)  # type: ignore[arg-type]
+        clipped = self.loss_clip > 0 and abs(above - below) > self.loss_clip
+        used = isfinite(g) and not clipped
+        g = float(np.float32(g)) if used else 0.0
+        if copy is None:
+            directions.perturb(w, seed, self.eps - lr * g, basis=self.basis)
+        else:
+            w.copy_(copy)
+            if used and lr * g:
+                directions.perturb(w, seed, -lr * g, basis=self.basis)
+        return (g if used else None), (above + below) / 2

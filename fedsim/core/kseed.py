@@ -1,0 +1,175 @@
+"""FedKSeed's arithmetic and wire formats, shared by its two halves.
+
+Qin et al., *Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication
+Cost under 18 Kilobytes* (ICML 2024); followed as its official code has it. With a pool of K seeds,
+directions z_j of the seeds and the accumulators A of all scalar gradients ever sent, the model is
+
+    w = w0 - lr * sum_j A[j] z_j.
+
+Packets, little endian, after the 16 bytes of a `Header`:
+
+- down (`DOWN`): K times float32, the accumulators; for FedKSeed-Pro (`DOWN_PRO`) K times float32
+  more, the probabilities. 16 + 4 K or 16 + 8 K bytes.
+- up (`UP`): the client's number of minibatches in an epoch as uint32, then `items` pairs of the
+  seed's place in the pool (uint16, uint32 for K > 65,536) and the scalar gradient (float32).
+  20 + 6 tau bytes at most.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.core import directions
+from fedsim.core.packets import HEADER, Header
+
+DOWN, DOWN_PRO, UP = 1, 2, 3
+Floats = NDArray[np.float64]
+Pair = tuple[int, float]
+
+
+def pair_type(pool: int) -> np.dtype[Any]:
+    """One (place, scalar) on the wire, for a pool of that size."""
+    return np.dtype([("place", "<u2" if pool <= 1 << 16 else "<u4"), ("scalar", "<f4")])
+
+
+def pack_down(round: int, sums: Floats, probabilities: Floats | None = None) -> bytes:
+    """The server's packet: the accumulators [K], and the probabilities [K] of Pro."""
+    kind = DOWN if probabilities is None else DOWN_PRO
+    parts = [sums] if probabilities is None else [sums, probabilities]
+    body = b"".join(part.astype("<f4").tobytes() for part in parts)
+    return Header(kind, round, len(sums)).pack() + body
+
+
+def read_down(data: bytes, pool: int) -> tuple[Floats, Floats | None]:
+    """Accumulators and probabilities of a server's packet.
+
+    Raises:
+        ValueError: it is no such packet, or one for another size of the pool.
+    """
+    kind = struct.unpack_from("<IHH", data)[2] if len(data) >= HEADER.size else DOWN
+    header = Header.read(data, DOWN_PRO if kind == DOWN_PRO else DOWN)
+    columns = 2 if kind == DOWN_PRO else 1
+    if header.items != pool or len(data) != HEADER.size + 4 * columns * pool:
+        raise ValueError(f"{len(data)} bytes for {header.items} seeds; the pool has {pool}")
+    rows = np.frombuffer(data, "<f4", offset=HEADER.size).reshape(columns, pool).astype(np.float64)
+    return rows[0], rows[1] if columns == 2 else None
+
+
+def pack_up(round: int, minibatches: int, pairs: Sequence[Pair], pool: int) -> bytes:
+    """A client's packet: what it measured along which direction."""
+    body = np.array(pairs, dtype=pair_type(pool)).tobytes()
+    return Header(UP, round, len(pairs)).pack() + struct.pack("<I", minibatches) + body
+
+
+def read_up(
+    data: bytes, pool: int, steps: int, round: int | None = None, largest: float = np.inf
+) -> tuple[int, NDArray[np.int64], Floats]:
+    """Number of minibatches, places [n] and scalars [n] of a client's packet.
+
+    Args:
+        data: the packet.
+        pool: size of the pool.
+        steps: most pairs that may come.
+        round: the round it must answer; None: any.
+        largest: largest absolute scalar gradient.
+
+    Raises:
+        ValueError: it must not be used; the message says why.
+    """
+    header = Header.read(data, UP, round)
+    kind, start = pair_type(pool), HEADER.size + 4
+    if header.items > steps or len(data) != start + header.items * kind.itemsize:
+        raise ValueError(f"{len(data)} bytes for {header.items} pairs; {steps} steps were asked")
+    (minibatches,) = struct.unpack_from("<I", data, HEADER.size)
+    pairs = np.frombuffer(data, kind, offset=start)
+    places, scalars = pairs["place"].astype(np.int64), pairs["scalar"].astype(np.float64)
+    if len(places) and places.max() >= pool:
+        raise ValueError(f"seed {places.max()} is outside the pool of {pool}")
+    if not np.isfinite(scalars).all():
+        raise ValueError("a scalar gradient is NaN or infinite")
+    if len(scalars) and np.abs(scalars).max() > largest:
+        raise ValueError(f"a scalar gradient is beyond {largest:g}")
+    return minibatches, places, scalars
+
+
+def as_sent(sums: Floats) -> Floats:
+    """Accumulators as clients get them: rounded to float32, so that all hold the same model."""
+    return sums.astype(np.float32).astype(np.float64)
+
+
+def rebuild(w: Tensor, seeds: NDArray[np.uint64], sums: Floats, lr: float, basis: str) -> None:
+    """``w -= lr * sum_j sums[j] z_j`` in place, in one pass over memory (A7).
+
+    Args:
+        w: the trainable parameters, shape [d].
+        seeds: the pool, uint64 [K].
+        sums: accumulators [K], or their change.
+        lr: learning rate.
+        basis: kind of direction.
+    """
+    used = np.flatnonzero(sums)
+    if len(used):
+        directions.combine(w, seeds[used], -lr * sums[used], basis=basis)
+
+
+def two_point(
+    w: Tensor, seed: int, eps: float, loss: Callable[[], float], basis: str = "gaussian"
+) -> tuple[float, float, float]:
+    """Losses at ``w + eps z`` and ``w - eps z``, and the slope along z between them (A2, A3).
+
+    Two walks; it leaves `w` at ``w - eps z``, so that restoring it and the step are one walk more.
+    """
+    directions.perturb(w, seed, eps, basis=basis)
+    above = loss()
+    directions.perturb(w, seed, -2 * eps, basis=basis)
+    below = loss()
+    return above, below, (above - below) / (2 * eps)
+
+
+def amplitudes(totals: Floats, counts: Floats, start: bool) -> Floats:
+    """Mean absolute scalar gradient of each seed, [K]; of a seed never used 0.
+
+    Args:
+        totals: sums of absolute (clipped) scalar gradients.
+        counts: how many there were.
+        start: count a zero before the first, as the official code does.
+    """
+    return totals / np.maximum(counts + start, 1.0)
+
+
+def probabilities(phi: Floats) -> Floats:
+    """Chance of each direction from the amplitudes: min-max normalised, then softmax (P)."""
+    low, high = phi.min(), phi.max()
+    q = (phi - low) / (high + 1e-10 - low)
+    weights = np.exp(q - q.max())
+    return weights / weights.sum()
+
+
+def layout_mark(sizes: Sequence[int], dtype: torch.dtype, basis: str) -> str:
+    """What both ends must agree on: stream, dtype and sizes of the entries in their order."""
+    from hashlib import blake2b
+
+    text = f"philox4x32-10/1 {basis} {dtype} {','.join(map(str, sizes))}"
+    return blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def pack_entry(parts: Sequence[tuple[float, bytes]]) -> bytes:
+    """One round of (weight, packet) pairs for the ledger."""
+    return b"".join(struct.pack("<dI", weight, len(data)) + data for weight, data in parts)
+
+
+def read_entry(entry: bytes) -> list[tuple[float, bytes]]:
+    """The inverse of `pack_entry`."""
+    parts, at = [], 0
+    while at < len(entry):
+        weight, size = struct.unpack_from("<dI", entry, at)
+        parts.append((weight, entry[at + 12 : at + 12 + size]))
+        at += 12 + size
+    return parts
