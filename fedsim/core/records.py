@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
 NPY = "numpy.ndarray"
@@ -76,9 +76,8 @@ class TensorArray(Array):
 
     def _storage(self) -> np.ndarray:
         tensor = self.tensor.contiguous().cpu()
-        return cast(
-            np.ndarray,
-            tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy(),
+        return (
+            tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
         )
 
 
@@ -356,6 +355,5 @@ def count_bytes(content: RecordDict) -> int:
         elif isinstance(record, ArrayRecord):
             total += sum(len(name) + array_bytes(array) for name, array in record.items())
         else:
-            items = cast("ConfigRecord | MetricRecord", record).items()
-            total += sum(len(name) + _value_bytes(value) for name, value in items)
+            total += sum(len(name) + _value_bytes(value) for name, value in record.items())
     return total
