@@ -83,7 +83,14 @@ def federated(
 
 
 def module(kind: str = "softmax", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A seeded model: ``"softmax"`` regression, an ``"mlp"``, or one with BatchNorm, ``"bn"``."""
+    """A seeded model: ``"softmax"`` regression, an ``"mlp"``, or one with BatchNorm, ``"bn"``.
+
+    A ``"line"`` through the origin has one input, one output, and slope 1/2.
+    """
+    if kind == "line":
+        made = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(made.weight, 0.5)
+        return made.to(dtype)
     with rng.isolated(SEED):
         made = {
             "softmax": lambda: nn.Linear(FEATURES, CLASSES),
