@@ -115,7 +115,7 @@ def ways(bases: Sequence[str], model: list[torch.Tensor]) -> dict[tuple[str, str
             w = model if d == size else torch.zeros(d)
             call = partial(directions.combine, w, basis=basis, **kind, **options)
             # Enough seeds that going through memory once is shared, as it is among K of them.
-            least = 1 if runner == "numpy" else 32 if basis.startswith("rademacher") else 4
+            least = 1 if runner == "numpy" else 32 if basis.startswith("rademacher") else 8
             found[runner, basis] = Way(call, d, least, 32 if basis == "rademacher32" else 1)
     return found
 

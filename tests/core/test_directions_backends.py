@@ -165,18 +165,20 @@ def test_global_random_states_are_untouched() -> None:
 
 @needs_numba
 @pytest.mark.parametrize("basis", BASES)
-def test_extra_memory_is_a_fiftieth_of_the_model(basis: str) -> None:
-    w, seeds, c = torch.zeros(5_000_000), pool(1, 64), numbers(64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extra_memory_is_a_fiftieth_of_the_model(basis: str, dtype: torch.dtype) -> None:
+    w, seeds, c = torch.zeros(10_000_000, dtype=dtype), pool(1, 64), numbers(64)
+    wide = 2 * 4 * calls.HALF_PIECE * (dtype == torch.bfloat16)  # torch's memory is not traced
     combine(w[:10], seeds, c, basis=basis)
     dots(w[:10], seeds, basis=basis)
     tracemalloc.start()
     try:
-        combine(w, seeds, c, basis=basis, threads=2)
+        combine(w, seeds[:8], c[:8], basis=basis, threads=2)
         dots(w, seeds[:4], basis=basis, threads=2)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 0.02 * w.nbytes
+    assert peak + wide < 0.02 * w.nbytes
 
 
 INTERPRETED = """

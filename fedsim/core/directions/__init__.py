@@ -42,7 +42,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ConfigError
 from .arrays import words
-from .calls import Call, Vector, backend, to_seeds
+from .calls import SHARE, Call, Vector, backend, cut, to_seeds
 from .layout import CODES, POOL_TAG, Plan, scale, variance
 
 __all__ = [
@@ -115,7 +115,8 @@ def combine(
         plan = plans[key]
         if plan is not None:
             draws += part.x.numel() * int(np.count_nonzero(rows[part.block]))
-            tasks += [partial(_add, call, *piece, plan) for piece in call.pieces(part, 4 * threads)]
+            step = max(part.x.numel() // (4 * threads), SHARE)
+            tasks += [partial(_add, call, *piece, plan) for piece in cut(part.x, part.start, step)]
     call.run(tasks, threads, draws)
     for x in call.tensors:
         if not x.is_inference():
@@ -136,10 +137,11 @@ def _numbers(coefficients: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
 
 
 def _add(call: Call, x: torch.Tensor, index: int, plan: Plan) -> None:
-    wide = x.float() if call.copies(x) else x
-    call.engine.combine(call.native(wide), index, plan)
-    if wide is not x:
-        x.copy_(wide)
+    for piece, start in cut(x, index, call.limit(x)):
+        wide = piece.float() if call.copies(piece) else piece
+        call.engine.combine(call.native(wide), start, plan)
+        if wide is not piece:
+            piece.copy_(wide)
 
 
 def dots(
@@ -186,7 +188,7 @@ def dots(
         count = limits[part.block]
         plan, total = call.directions(part.block, count), result[part.block, :count]
         share = max(1, -(-count // threads))
-        for x, index in call.pieces(part, 1):
+        for x, index in cut(part.x, part.start, call.limit(part.x)):
             tasks: list[Callable[[], None]] = []
             wide = call.native(x.float() if call.copies(x) else x)
             for k in range(0, count, share):

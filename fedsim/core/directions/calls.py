@@ -23,8 +23,10 @@ ENGINES = {"numpy": "arrays", "numba": "compiled", "torch": "arrays", "triton": 
 """Back end: the module that holds it."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-HALF_PIECE = 1 << 15
-"""Elements of half precision weights in float32 at a time (128 kB a thread)."""
+HALF_PIECE = 1 << 14
+"""Elements of half precision weights in float32 at a time (64 kB a thread)."""
+SHARE = 1 << 14
+"""Elements that are worth a task of their own."""
 SERIAL = 1 << 20
 """Draws that are not worth a second thread (about a millisecond)."""
 
@@ -147,21 +149,11 @@ class Call:
         series = truncated_series(self.sizes[block])
         return Plan(self.code, block, self.seeds[:count], np.zeros(0), series)
 
-    def pieces(self, part: Part, shares: int) -> Iterator[tuple[torch.Tensor, int]]:
-        """Cut a part into at most about `shares` pieces, at multiples of CHUNK; (view, index).
-
-        Smaller ones where the engine has to copy: half precision, and the array engines.
-        """
-        x, index = part.x, part.start
-        step = max(x.numel() // shares, 8 * CHUNK)
+    def limit(self, x: torch.Tensor) -> int:
+        """Elements that the engine takes at a time: all, unless it needs copies of them."""
         if self.name in ("numpy", "torch"):
-            step = min(step, int(self.engine.PIECE))
-        elif self.copies(x):
-            step = min(step, HALF_PIECE)
-        while x.numel():
-            cut = step - (index + step) % CHUNK
-            yield x[:cut], index
-            x, index = x[cut:], index + cut
+            return int(self.engine.PIECE)
+        return HALF_PIECE if self.copies(x) else x.numel()
 
     def copies(self, x: torch.Tensor) -> bool:
         """Whether `x` must be widened to float32 for the engine."""
@@ -180,6 +172,18 @@ class Call:
         with ThreadPoolExecutor(min(threads, len(tasks))) as workers:
             for done in [workers.submit(task) for task in tasks]:
                 done.result()
+
+
+def cut(x: torch.Tensor, index: int, step: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Cut `x`, whose first element is number `index`, in pieces of about `step`, with numbers.
+
+    Cuts lie at multiples of CHUNK, where `dots` cuts anyway.
+    """
+    while x.numel() > step:
+        size = step - (index + step) % CHUNK
+        yield x[:size], index
+        x, index = x[size:], index + size
+    yield x, index
 
 
 def to_seeds(seeds: ArrayLike) -> NDArray[np.uint64]:
