@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
 
 from fedsim.core.averaging import means_of, server_step
-from fedsim.core.records import FlatRecord, as_flat
+from fedsim.core.records import FlatRecord, Layout, as_flat
 from fedsim.core.strategy import Aggregate, Setting
 from strategies.fedavg import FedAvg
 
@@ -40,13 +41,25 @@ class Scaffold(FedAvg):
     def setup(self, setting: Setting) -> None:
         """Start from a zero control variate, over the trainable entries."""
         super().setup(setting)
+        self._begin(setting.info.layout, setting.num_clients)
+
+    def _begin(self, layout: Layout, num_clients: int) -> None:
+        self.num_clients = num_clients
         if self.control is None:
-            layout = setting.info.layout.restrict(frozenset(setting.info.layout.trainable))
-            self.control = FlatRecord(layout, torch.zeros(layout.size, dtype=layout.dtype))
+            zero = torch.zeros(layout.num_trainable, dtype=layout.dtype)
+            self.control = FlatRecord(layout.trained, zero)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Sequence[Message]:
+        """As FedAvg, with the control variate."""
+        if self.control is None:  # Flower's own loop does not call setup
+            self._begin(as_flat(arrays).layout, len(list(grid.get_node_ids())))
+        return super().configure_train(server_round, arrays, config, grid)
 
     def client_arrays(self) -> dict[str, ArrayRecord]:
         """The server's control variate."""
-        assert self.control is not None, "call setup() before the first round"
+        assert self.control is not None
         return {"control": self.control}
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
@@ -57,9 +70,9 @@ class Scaffold(FedAvg):
         mean, change = means["arrays"].record(), means["control"].record()
         if mean is None or change is None or self.arrays is None or self.control is None:
             return None, None
-        share = means["control"].total / self.setting.num_clients
-        moved = self.control.flat + share * as_flat(change, self.control.layout).flat
-        self.control = self.control.with_flat(moved)
+        share = means["control"].total / self.num_clients
+        control = as_flat(self.control, change.layout)  # without entries that nobody trains
+        self.control = control.with_flat(control.flat + share * change.flat)
         return server_step(self.arrays, mean, self.server_lr), metrics
 
     def state_dict(self) -> dict[str, Any]:
