@@ -22,6 +22,7 @@ from fedsim.core.records import count_bytes
 from fedsim.core.text import tame
 from fedsim.journal import locked
 from fedsim.runner import OnEvent, RunResult, Task, saved_config
+from fedsim.runtime.choose import Choice
 from fedsim.runtime.simulation import working_folder
 from fedsim.runtime.work import Environment
 from fedsim.tuning import tune
@@ -100,7 +101,7 @@ def execute(task: Task, on_event: OnEvent | None = None, begin: Begin = runner.s
         if task.path.exists() and any(p.name not in BEGUN for p in task.path.iterdir()):
             raise RunError(f"{task.path} is not empty and holds no run; give another --out")
         return begin(task, on_event, False)
-    wanted = task.config("", "")
+    wanted = task.config(Choice(), "")
     for key in ("experiment", "strategy", "seed"):
         if before.get(key) != wanted[key]:
             raise RunError(

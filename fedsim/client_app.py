@@ -71,7 +71,7 @@ class ProgramApp(ClientApp):
     ) -> None:
         super().__init__()
         self._given, self._run_config = environment, dict(run_config or {})
-        self._engine = engine
+        self.engine = engine
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ProgramApp, (None, self._run_config)
@@ -126,14 +126,14 @@ class ProgramApp(ClientApp):
     ) -> CohortReplies | None:
         """All replies to a broadcast in columns; None if this app has no engine for them."""
         kind, _, action = broadcast.message_type.partition(".")
-        if self._engine is None or self._given is None or action not in self._given.programs:
+        if self.engine is None or self._given is None or action not in self._given.programs:
             return None
         if kind not in ("train", "evaluate") or "arrays" not in broadcast.content:
             return None
         if self._given.programs[action].resident:
             return None
         said = Request(broadcast.content, broadcast.message_type, context_of, self._given)
-        return CohortReplies(broadcast, said, self._engine)
+        return CohortReplies(broadcast, said, self.engine)
 
     def _enrol(self, message: Message, context: Context) -> Message:
         """Say which clients live here."""

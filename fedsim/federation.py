@@ -14,17 +14,21 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from fedsim import membership
+from fedsim.admission import Admitted, Verdicts, enter, judgements, sift
 from fedsim.config import Experiment, StrategyConfig, TrainConfig
 from fedsim.core import rng
 from fedsim.core.averaging import examples_of, metrics_of
+from fedsim.core.bulk import Broadcast, Replies
 from fedsim.core.errors import RunError
 from fedsim.core.nodes import client_at, node_of
-from fedsim.core.records import FlatRecord, as_flat, count_bytes, from_record
-from fedsim.core.strategy import Served, Setting, Strategy
+from fedsim.core.records import as_flat, count_bytes, from_record
+from fedsim.core.strategy import Served, Setting, Strategy, route
+from fedsim.evaluation import Central
 from fedsim.failpoints import crash_here
 from fedsim.gate import Gate
 from fedsim.intake import Intake, Row, Tally
 from fedsim.runtime import clock
+from fedsim.runtime.choose import Choice, choose
 from fedsim.runtime.grid import View
 from fedsim.runtime.work import Environment
 
@@ -79,6 +83,7 @@ class Federation:
         self.grid, self.env = grid, env
         self.train = TrainConfig.model_validate({**experiment.train.model_dump(), **entry.train})
         self.intake = Intake(grid, Gate(), experiment.cohort.timeout)
+        self.central = Central(env)
         self._goal = 0
         device = experiment.clock.device
         self.device: clock.Device = clock.device(device.name, device.params)
@@ -92,7 +97,7 @@ class Federation:
             env.data.num_clients,
             seed,
             experiment.experiment.rounds,
-            self.loss_of,
+            self.central.loss_of,
             env.model.initial(),
         )
         strategy.setup(self.setting)
@@ -195,6 +200,27 @@ class Federation:
             }
         )
 
+    def choice(self) -> Choice:
+        """The executor for this strategy's client half, from its configuration in round 1.
+
+        Raises:
+            ConfigError: `runtime.executor` asks for one that cannot run it.
+        """
+        strategy, env = self.strategy, self.env
+        half = env.programs.get(route(strategy.client))
+        if half is None or half.resident:
+            return Choice("serial", "it works in place on the one resident model")
+        program = half.from_config({**self.told(1), **strategy.client_config()})
+        vectors = {
+            name: as_flat(record).flat
+            for name, record in strategy.client_arrays().items()
+            if as_flat(record).layout == env.model.layout.trained
+        }
+        config, population = self.experiment.cohort, len(self.trainers)
+        size = config.size or math.ceil((config.fraction or 1.0) * population)
+        wanted = self.experiment.runtime.executor
+        return choose(env.model, env.data, program, size, wanted, vectors)
+
     def _converse(
         self, server_round: int, arrays: ArrayRecord, tally: Tally
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -213,12 +239,47 @@ class Federation:
         except StopIteration as done:
             return cast("tuple[ArrayRecord | None, MetricRecord | None]", done.value)
 
-    def admitted(self, messages: Iterable[Message], tally: Tally) -> Iterator[Message]:
-        """Send messages and yield the admitted replies in order of client number.
+    def admitted(self, messages: Iterable[Message], tally: Tally) -> Iterable[Message]:
+        """Send messages; the admitted replies in order of client number, computed when taken.
 
-        Raises:
-            RoundAbandoned: at the end, if fewer than the quorum were admitted.
+        At the end of the replies `RoundAbandoned` is raised if fewer than the quorum were admitted.
         """
+        together = self._together(messages)
+        return (
+            self._one_by_one(messages, tally)
+            if together is None
+            else self._columns(*together, tally)
+        )
+
+    def _together(self, messages: Iterable[Message]) -> tuple[Broadcast, Replies] | None:
+        """A broadcast with its replies in columns, where the grid has such."""
+        answer = getattr(self.grid, "together", None)
+        if answer is None or not isinstance(messages, Broadcast):
+            return None
+        replies = answer(messages)
+        return None if replies is None else (messages, replies)
+
+    def _columns(self, broadcast: Broadcast, replies: Replies, tally: Tally) -> Replies:
+        """As `_one_by_one`, in columns."""
+        expected = self.strategy.expected(broadcast.content)
+        down, most = count_bytes(broadcast.content), np.array(self._train)
+        phase, good = [0.0], [0]
+        goal = min(self._goal or len(broadcast), len(broadcast))
+
+        def note(verdicts: Verdicts) -> None:
+            phase.append(enter(tally, verdicts, down, self.device, self._operations))
+            good.append(len(verdicts.block))
+            crash_here("reply.judged")
+
+        def close() -> None:
+            tally.phase_seconds.append(max(phase))
+            if sum(good) < self._quorum(goal):
+                raise RoundAbandoned
+
+        gate = self.intake.gate
+        return Admitted(replies, lambda block: sift(gate, block, expected, most), note, close)
+
+    def _one_by_one(self, messages: Iterable[Message], tally: Tally) -> Iterator[Message]:
         sent = sorted(messages, key=lambda m: m.metadata.dst_node_id)
         good, phase = 0, 0.0
         goal = min(self._goal or len(sent), len(sent))
@@ -259,17 +320,21 @@ class Federation:
         if isinstance(loss, (int, float)):
             row["loss"] = float(loss)
         done = max(0, int(steps)) if isinstance(steps, (int, float)) else 0
-        passes = min(done * self.train.batch_size, self.train.epochs * examples)
-        return passes * self._flops * (1 + clock.BACKWARD)
+        return float(self._operations(np.array(done), np.array(examples)))
+
+    def _operations(self, steps: np.ndarray, examples: np.ndarray) -> np.ndarray:
+        """Floating-point operations of clients with so many local steps and examples."""
+        passes = np.minimum(steps * self.train.batch_size, self.train.epochs * examples)
+        return np.asarray(passes * self._flops * (1 + clock.BACKWARD))
 
     def evaluate(self, server_round: int, arrays: ArrayRecord, tally: Tally) -> Row:
         """The evaluations that are due in this round, as columns of the rounds table."""
         config, last = self.experiment.evaluate, self.experiment.experiment.rounds
         row: Row = {}
         if config.central and (server_round % config.every == 0 or server_round == last):
-            row.update(self.central(self.strategy.models(arrays)))
+            row.update(self.central.judge(self.strategy.models(arrays)))
             for name, model in self.strategy.also_evaluated(arrays).items():
-                also = self.central({name: Served(model)})
+                also = self.central.judge({name: Served(model)})
                 row.update({f"{name}_{column}": value for column, value in also.items()})
         every = config.clients_every or last
         if (
@@ -280,64 +345,20 @@ class Federation:
             row.update(self.on_clients(server_round, arrays, tally))
         return row
 
-    def central(self, models: Mapping[str, Served]) -> Row:
-        """Mean over models of their metrics on the central test set, weighted by their clients."""
-        index = torch.from_numpy(np.asarray(self.env.data.central_test))
-        models = {n: m for n, m in models.items() if self._whole(m.arrays)}
-        if not len(index) or not models:
-            return {}
-        sums, total = torch.zeros(3, dtype=torch.float64), 0.0
-        for served in models.values():
-            weight = float(1 if served.clients is None else len(served.clients))
-            sums += self._measure(served.arrays, index) * weight
-            total += weight
-        loss, right, count = (sums / total).tolist()
-        return self._named(loss / count, right / count)
-
-    def _whole(self, arrays: ArrayRecord) -> bool:
-        """Whether a model has every entry: one without its personal layers cannot be judged."""
-        layout = self.env.model.layout
-        return (isinstance(arrays, FlatRecord) and arrays.layout is layout) or set(
-            layout.names
-        ) <= set(arrays)
-
-    def _measure(self, arrays: ArrayRecord, index: torch.Tensor) -> torch.Tensor:
-        """Sums over these examples of loss, right predictions and positions; float64 [3]."""
-        record, env = as_flat(arrays, self.env.model.layout), self.env
-        return env.model.measure(record, env.data.fields, index, env.batch_size).double().sum(1)
-
-    def loss_of(self, arrays: ArrayRecord, node: int | None = None) -> float:
-        """Mean loss on the central test set, or on the node's data (see `Setting.evaluate`)."""
-        data, rows = self.env.data, np.asarray(self.env.data.central_test)
-        if node is not None:
-            own = data.test[client_at(node)]
-            rows = own if len(own) else data.train[client_at(node)]
-        loss, _, count = self._measure(arrays, torch.from_numpy(rows)).tolist()
-        return loss / max(count, 1.0)
-
-    def _named(self, loss: float, accuracy: float) -> Row:
-        kind = self.env.data.criterion
-        row: Row = {"loss": loss}
-        if kind != "mse":
-            row["accuracy"] = accuracy
-        if kind == "next_token":
-            row["perplexity"] = math.exp(min(loss, 700.0))
-        return row
-
     def on_clients(self, server_round: int, arrays: ArrayRecord, tally: Tally) -> Row:
         """Mean over clients of what each one's own model gives on its held-out examples."""
         view = View(self.grid, self._present(self.judges))
         messages = self.strategy.configure_evaluate(
             server_round, arrays, self.told(max(server_round, 1)), view
         )
-        sent = sorted(messages, key=lambda m: m.metadata.dst_node_id)
         losses, accuracies = [], []
-        verdicts = self.intake.verdicts(sent, lambda _: {}, lambda c: self._test[c], tally)
-        for verdict in verdicts:
-            client = client_at(verdict.message.metadata.dst_node_id)
-            found = judgement(verdict.reply)
-            if found is None:
-                continue
+        together = self._together(messages)
+        found_by = (
+            self.intake.judgements(messages, tally, self._test)
+            if together is None
+            else judgements(together[1], self.intake.gate, self._test)
+        )
+        for client, found in found_by:
             row = tally.row(client)
             row["eval_examples"], row["eval_loss"], row["eval_accuracy"] = found
             losses.append(found[1])
@@ -368,14 +389,3 @@ class Federation:
                     f"the model diverged in round {progress.round}: {name} holds NaN or infinity; "
                     "lower train.lr or the strategy's server_lr"
                 )
-
-
-def judgement(reply: Message | None) -> tuple[int, float, float] | None:
-    """Examples, loss and accuracy of an admitted reply; None if it does not say them."""
-    if reply is None:
-        return None
-    metrics = metrics_of(reply.content)
-    loss, accuracy = metrics.get("loss"), metrics.get("accuracy")
-    if not isinstance(loss, (int, float)) or not isinstance(accuracy, (int, float)):
-        return None
-    return int(examples_of(reply.content)), float(loss), float(accuracy)

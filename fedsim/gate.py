@@ -93,7 +93,12 @@ class Gate:
         """
         if reply.has_error():
             raise Refusal("error_reply", one_line(reply.error.reason or ""))
-        content = reply.content
+        return self.check(reply.content, expected, most)
+
+    def check(
+        self, content: RecordDict, expected: Mapping[str, ArrayRecord], most: int | None = None
+    ) -> RecordDict:
+        """As `admit`, for the content of a reply."""
         if set(content.array_records) != set(expected) or len(content.metric_records) != 1:
             raise Refusal(
                 "wrong_records",

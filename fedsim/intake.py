@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedsim.core.averaging import examples_of, metrics_of
 from fedsim.core.nodes import client_at
 from fedsim.core.records import count_bytes
 from fedsim.gate import Gate, Refusal
 
 Row = dict[str, Any]
+Judgement = tuple[int, float, float]
+"""Examples, mean loss and accuracy."""
 Expected = Callable[[RecordDict], Mapping[str, ArrayRecord]]
 PAST_KEPT = 100_000
 """Messages of earlier exchanges that a late reply is recognised by."""
@@ -111,7 +114,7 @@ class Intake:
     """
 
     def __init__(self, grid: Grid, gate: Gate, timeout: float | None) -> None:
-        self._grid, self._gate, self._timeout = grid, gate, timeout
+        self._grid, self.gate, self._timeout = grid, gate, timeout
         self._in_order = bool(getattr(grid, "in_order", False))
         self._past: dict[str, None] = {}
 
@@ -163,6 +166,22 @@ class Intake:
         for number, message in open_.items():
             yield done.get(number) or Verdict(message, None, late, 0)
 
+    def judgements(
+        self, messages: Iterable[Message], tally: Tally, examples: Sequence[int]
+    ) -> Iterator[tuple[int, Judgement]]:
+        """Send evaluate messages; client and judgement of every usable reply.
+
+        Args:
+            messages: the messages.
+            tally: told of strays.
+            examples: held-out examples of every client.
+        """
+        sent = sorted(messages, key=lambda m: m.metadata.dst_node_id)
+        for verdict in self.verdicts(sent, lambda _: {}, lambda c: examples[c], tally):
+            usable = judgement(verdict.reply)
+            if usable is not None:
+                yield client_at(verdict.message.metadata.dst_node_id), usable
+
     def _fault(self, message: Message | None, reply: Message, done: bool) -> Refusal | None:
         """Why a reply is a stray, or None if it answers its message."""
         number = reply.metadata.reply_to_message_id
@@ -180,11 +199,22 @@ class Intake:
         up = count_bytes(reply.content) if reply.has_content() else 0
         try:
             client = client_at(message.metadata.dst_node_id)
-            content = self._gate.admit(reply, expected(message.content), most(client))
+            content = self.gate.admit(reply, expected(message.content), most(client))
         except Refusal as refusal:
             return Verdict(message, None, refusal, up)
         reply.content = content
         return Verdict(message, reply, None, up)
+
+
+def judgement(reply: Message | None) -> Judgement | None:
+    """Examples, loss and accuracy of an admitted reply; None if it does not say them."""
+    if reply is None:
+        return None
+    metrics = metrics_of(reply.content)
+    loss, accuracy = metrics.get("loss"), metrics.get("accuracy")
+    if not isinstance(loss, (int, float)) or not isinstance(accuracy, (int, float)):
+        return None
+    return int(examples_of(reply.content)), float(loss), float(accuracy)
 
 
 _UNASKED = Refusal("unknown_node", "answers no message of this run")

@@ -22,7 +22,7 @@ from fedsim.client_app import ProgramApp
 from fedsim.config import Experiment, StrategyConfig
 from fedsim.core.adapter import adapt
 from fedsim.core.errors import FedsimError, RunError
-from fedsim.core.events import Event, RoundFinished, RunFinished, RunStarted
+from fedsim.core.events import Event, Notice, RoundFinished, RunFinished, RunStarted
 from fedsim.core.packing import content_of, tree_of
 from fedsim.core.records import as_flat, from_record, to_record
 from fedsim.core.strategy import Strategy
@@ -33,6 +33,8 @@ from fedsim.ledger import Ledger
 from fedsim.results import RunWriter, environment
 from fedsim.results.files import write_atomic
 from fedsim.runtime import code
+from fedsim.runtime.choose import Choice
+from fedsim.runtime.engine import Engine
 from fedsim.runtime.grid import LocalGrid
 from fedsim.runtime.remote import RemoteGrid
 from fedsim.runtime.simulation import simulate
@@ -71,13 +73,14 @@ class Task:
         """Name of the run in messages."""
         return self.path.name
 
-    def config(self, executor: str, fingerprint: str) -> dict[str, Any]:
+    def config(self, choice: Choice, fingerprint: str) -> dict[str, Any]:
         """The content of `config.json`."""
         return {
             "experiment": self.experiment.model_dump(mode="json"),
             "strategy": self.entry.model_dump(mode="json"),
             "seed": self.seed,
-            "executor": executor,
+            "executor": choice.executor,
+            "engine": choice.config(),
             "data_fingerprint": fingerprint,
         }
 
@@ -207,7 +210,8 @@ class Run:
         self.task = task
         self._tell: OnEvent = on_event or (lambda event: None)
         self.env = env or Environment.of(task.experiment, task.seed)
-        self.grid = grid or LocalGrid(ProgramApp(self.env), self.env.data.num_clients)
+        self._app = ProgramApp(self.env)
+        self.grid = grid or LocalGrid(self._app, self.env.data.num_clients)
         self.federation = Federation(
             task.experiment, task.entry, build_strategy(task.entry), task.seed, self.grid, self.env
         )
@@ -231,8 +235,9 @@ class Run:
             RunError: the run cannot go on; what is finished stays on disk.
         """
         snapshot = self.journal.load() if resume else None
+        choice = self._choice(snapshot is not None)
         if snapshot is None:
-            self.writer.write_config(self.task.config("serial", self.env.data.fingerprint))
+            self.writer.write_config(self.task.config(choice, self.env.data.fingerprint))
             self.writer.write_environment(environment())
             if isinstance(self.grid, LocalGrid):
                 self.journal.clear()
@@ -248,6 +253,9 @@ class Run:
                 self.task.total,
             )
         )
+        self._tell(Notice(self.task.name, str(choice)))
+        workers = self.task.experiment.runtime.workers
+        self._app.engine = Engine(self.env.model, self.env.data, choice, workers)
         progress = self._restore(snapshot) if snapshot else self._begin()
         try:
             self._loop(progress)
@@ -257,7 +265,17 @@ class Run:
         except BaseException as error:
             self._stop(progress, "failed", f"{type(error).__name__}: {error}")
             raise
+        finally:
+            self._app.engine.close()
         return self._finish(progress)
+
+    def _choice(self, resumed: bool) -> Choice:
+        """The executor: that of the run's first start, or the one for this model and program."""
+        if resumed:
+            return Choice(**(saved_config(self.task.path) or {}).get("engine", {}))
+        if not isinstance(self.grid, LocalGrid):
+            return Choice("serial", "every client on its own node")
+        return self.federation.choice()
 
     def _begin(self) -> Progress:
         self._status("running", 0)

@@ -154,6 +154,9 @@ class Block:
 class Replies(Iterable[Message]):
     """Replies that come in blocks, once; iterating over them gives ordinary messages."""
 
+    nodes: Sequence[int]
+    """Who was asked, ascending."""
+
     @abstractmethod
     def map(self, then: Callable[[Block], T], keep: bool = False) -> Iterator[T]:
         """Yield `then` of every block, in a fixed order.
@@ -164,35 +167,27 @@ class Replies(Iterable[Message]):
         """
 
     @abstractmethod
+    def reply(self, node: int, said: RecordDict | str) -> Message | None:
+        """The message of a node that said this, or with which this went wrong."""
+
     def __iter__(self) -> Iterator[Message]:
-        """The replies in order of nodes."""
-
-
-def in_order(
-    blocks: Iterator[Block],
-    nodes: Sequence[int],
-    reply: Callable[[int, RecordDict | str], Message],
-) -> Iterator[Message]:
-    """Take blocks apart into messages, in the order of `nodes`.
-
-    Args:
-        blocks: together they have a row or a fault for some of the nodes.
-        nodes: the order.
-        reply: makes the message of a node from its content or its fault.
-    """
-    waiting: dict[int, tuple[Block, int]] = {}
-    faults: dict[int, str] = {}
-    for node in nodes:
-        while node not in waiting and node not in faults:
-            block = next(blocks, None)
-            if block is None:
-                break
-            waiting.update({int(n): (block, i) for i, n in enumerate(block.nodes)})
-            faults.update(block.faults)
-        if node in faults:
-            yield reply(node, faults.pop(node))
-        elif node in waiting:
-            block, row = waiting.pop(node)
-            yield reply(node, block.content(row))
-    for _ in blocks:  # the end of the stream may have something to say
-        pass
+        """The replies in order of nodes; a block is held until its last row was taken."""
+        blocks = self.map(lambda block: block, keep=True)
+        waiting: dict[int, tuple[Block, int]] = {}
+        faults: dict[int, str] = {}
+        for node in self.nodes:
+            while node not in waiting and node not in faults:
+                block = next(blocks, None)
+                if block is None:
+                    return
+                waiting.update({int(n): (block, i) for i, n in enumerate(block.nodes)})
+                faults.update(block.faults)
+            if node in faults:
+                message = self.reply(node, faults.pop(node))
+            else:
+                block, row = waiting.pop(node)
+                message = self.reply(node, block.content(row))
+            if message is not None:
+                yield message
+        for _ in blocks:  # the end of the stream may have something to say
+            pass

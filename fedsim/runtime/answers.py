@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from flwr.app import Error, Message, RecordDict
 
-from fedsim.core.bulk import EXAMPLES, Block, Broadcast, Replies, in_order
+from fedsim.core.bulk import EXAMPLES, Block, Broadcast, Replies
 from fedsim.core.errors import FedsimError
 from fedsim.core.nodes import client_at
 from fedsim.runtime import flower
@@ -32,6 +32,7 @@ class CohortReplies(Replies):
 
     def __init__(self, broadcast: Broadcast, request: Request, engine: Engine) -> None:
         self._broadcast, self._request, self._engine = broadcast, request, engine
+        self.nodes = broadcast.nodes
         self._clients = np.array([client_at(n) for n in broadcast.nodes], np.int64)
 
     def map(self, then: Callable[[Block], T], keep: bool = False) -> Iterator[T]:
@@ -63,14 +64,11 @@ class CohortReplies(Replies):
             self._request.faults(judged.faults),
         )
 
-    def __iter__(self) -> Iterator[Message]:
-        return in_order(self.map(lambda block: block, keep=True), self._broadcast.nodes, self.reply)
-
-    def reply(self, node: int, content: RecordDict | str) -> Message:
-        """The message that a node replies with: its content, or what went wrong."""
+    def reply(self, node: int, said: RecordDict | str) -> Message:
+        """See `Replies`."""
         asked = self._broadcast.message_to(node)
         flower.set_message_id(asked, f"b{next(_NUMBERS)}")
-        said = Error(flower.CLIENT_RAISED, content) if isinstance(content, str) else content
-        answer = Message(said, reply_to=asked)
+        content = Error(flower.CLIENT_RAISED, said) if isinstance(said, str) else said
+        answer = Message(content, reply_to=asked)
         flower.set_message_id(answer, f"a{next(_NUMBERS)}")
         return answer

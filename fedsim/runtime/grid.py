@@ -104,17 +104,15 @@ class LocalGrid(Grid):
         A broadcast that nobody has looked into goes to the engine of a `ProgramApp` as a whole.
         `timeout` (seconds) is ignored: nothing can get lost in one process.
         """
-        if isinstance(messages, Broadcast) and messages.untouched and not self._debug:
-            together = self._together(messages)
-            if together is not None:
-                return together
-        return self._replies(self.push_messages(messages))
+        together = self.together(messages) if isinstance(messages, Broadcast) else None
+        return self._replies(self.push_messages(messages)) if together is None else together
 
-    def _together(self, broadcast: Broadcast) -> Replies | None:
+    def together(self, broadcast: Broadcast) -> Replies | None:
         """The replies in columns, if the ClientApp gives such and the nodes are there."""
-        answer = getattr(self._app, "answer", None)
-        nodes = broadcast.nodes
-        if answer is None or not nodes or not 1 <= min(nodes) <= max(nodes) <= self.num_nodes:
+        answer, nodes = getattr(self._app, "answer", None), broadcast.nodes
+        if answer is None or self._debug or not broadcast.untouched or not nodes:
+            return None
+        if not 1 <= min(nodes) <= max(nodes) <= self.num_nodes:
             return None
         replies: Replies | None = answer(broadcast, lambda client: self.context(node_of(client)))
         return replies

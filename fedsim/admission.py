@@ -1,0 +1,179 @@
+"""Judges and counts the replies of a whole cohort in columns, as `intake` does one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Message, RecordDict
+from numpy.typing import NDArray
+
+from fedsim.core.bulk import EXAMPLES, Block, Replies
+from fedsim.core.nodes import client_at
+from fedsim.core.records import as_flat
+from fedsim.gate import Gate, Refusal, one_line
+from fedsim.intake import Judgement, Tally
+from fedsim.runtime.clock import Device
+
+T = TypeVar("T")
+Floats = NDArray[np.float64]
+Flops = Callable[[NDArray[Any], NDArray[np.int64]], Floats]
+Refused = Mapping[int, Refusal]
+
+
+def sift(
+    gate: Gate, block: Block, expected: Mapping[str, ArrayRecord], most: NDArray[np.int64]
+) -> tuple[Block, dict[int, Refusal]]:
+    """The rows of a block that the gate admits, and why it refuses the others, by node.
+
+    Rows that are in order pass in columns; every other one goes through `Gate.check` by itself.
+
+    Args:
+        gate: the gate.
+        block: the replies.
+        expected: for each array record that must be there, one of the same layout.
+        most: number of examples of each client, by partition number.
+    """
+    counts = block.metrics.get(EXAMPLES, np.zeros(len(block)))
+    top = np.minimum(most[block.nodes - 1], gate.max_examples)
+    good = (counts > 0) & (counts <= top) & (counts == np.floor(counts))
+    for column in block.metrics.values():
+        good &= np.isfinite(column)
+    wanted = {name: as_flat(record).layout for name, record in expected.items()}
+    if dict(block.layouts) != wanted or any(block.beside):
+        good[:] = False
+    for rows in block.rows.values():
+        # No entry is larger than the norm, which is infinite or NaN if one of them is.
+        norms = torch.linalg.vector_norm(rows, dim=1) if rows.is_floating_point() else rows[:, 0]
+        good &= (norms <= gate.max_magnitude).cpu().numpy()
+    if good.all():
+        return block, {}
+    refused = {}
+    for row in np.flatnonzero(~good).tolist():
+        node = int(block.nodes[row])
+        try:
+            gate.check(block.content(row), expected, int(most[client_at(node)]))
+            good[row] = True
+        except Refusal as refusal:
+            refused[node] = refusal
+    return block.take(np.flatnonzero(good)), refused
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What became of the replies of one block.
+
+    Attributes:
+        block: the admitted ones.
+        refused: why others were refused, by node.
+        faults: what went wrong on nodes that gave no reply, by node.
+        bytes_each: payload of one reply, admitted or refused.
+    """
+
+    block: Block
+    refused: Refused
+    faults: Mapping[int, str]
+    bytes_each: int
+
+
+class Admitted(Replies):
+    """The admitted replies of a cohort.
+
+    Args:
+        replies: all replies.
+        judge: judges a block.
+        note: told of every block's verdicts, in order.
+        close: called at the end; it may raise.
+    """
+
+    def __init__(
+        self,
+        replies: Replies,
+        judge: Callable[[Block], tuple[Block, dict[int, Refusal]]],
+        note: Callable[[Verdicts], None],
+        close: Callable[[], None],
+    ) -> None:
+        self._replies, self._judge, self._note, self._close = replies, judge, note, close
+        self.nodes = replies.nodes
+
+    def map(self, then: Callable[[Block], T], keep: bool = False) -> Iterator[T]:
+        """See `Replies`."""
+
+        def judged(block: Block) -> tuple[Verdicts, T | None]:
+            passed, refused = self._judge(block)
+            gone = {**block.faults, **{node: str(r) for node, r in refused.items()}}
+            passed = replace(passed, faults=gone)
+            verdicts = Verdicts(passed, refused, block.faults, block.bytes_each)
+            return verdicts, then(passed) if len(passed) or keep else None
+
+        for verdicts, result in self._replies.map(judged, keep):
+            self._note(verdicts)
+            if len(verdicts.block) or keep:
+                yield result  # type: ignore[misc]
+        self._close()
+
+    def reply(self, node: int, said: RecordDict | str) -> Message | None:
+        """See `Replies`: what was refused is left out."""
+        return None if isinstance(said, str) else self._replies.reply(node, said)
+
+
+def enter(tally: Tally, verdicts: Verdicts, down: int, device: Device, flops: Flops) -> float:
+    """Note a block in the clients' rows; return the longest simulated seconds.
+
+    Args:
+        tally: the round's.
+        verdicts: of the block.
+        down: bytes that each client was sent.
+        device: what clients run on.
+        flops: operations of admitted rows, from their steps and examples, int64 [C] each.
+    """
+    block, up = verdicts.block, verdicts.bytes_each
+    for node, reason in verdicts.faults.items():
+        tally.refuse(client_at(node), Refusal("error_reply", one_line(reason)))
+        _add(tally, client_at(node), down, 0, device.seconds(0.0, down, 0))
+    for node, refusal in verdicts.refused.items():
+        tally.refuse(client_at(node), refusal)
+        _add(tally, client_at(node), down, up, device.seconds(0.0, down, up))
+    idle = device.seconds(0.0, down, up)
+    if not len(block):
+        return idle
+    examples = block.metrics[EXAMPLES].astype(np.int64)
+    work = flops(block.metrics.get("steps", np.zeros(len(block))), examples)
+    seconds = work / device.flops + idle
+    columns: dict[str, list[Any]] = {"examples": examples.tolist()}
+    if "loss" in block.metrics:
+        columns["loss"] = block.metrics["loss"].astype(np.float64).tolist()
+    if "cluster" in block.metrics:
+        columns["cluster"] = block.metrics["cluster"].astype(np.int64).tolist()
+    for node, took, *values in zip(
+        block.nodes.tolist(), seconds.tolist(), *columns.values(), strict=True
+    ):
+        client = client_at(node)
+        tally.row(client).update(zip(("status", *columns), ("ok", *values), strict=True))
+        _add(tally, client, down, up, took)
+    return max(idle, float(seconds.max()))
+
+
+def _add(tally: Tally, client: int, down: int, up: int, seconds: float) -> None:
+    tally.sampled.add(client)
+    tally.add(client, bytes_down=down, bytes_up=up, seconds=seconds)
+
+
+def judgements(
+    replies: Replies, gate: Gate, examples: Sequence[int]
+) -> Iterator[tuple[int, Judgement]]:
+    """Client and judgement of every usable reply to evaluate messages.
+
+    Args:
+        replies: the replies.
+        gate: judges them.
+        examples: held-out examples of every client.
+    """
+    most = np.asarray(examples)
+    for block, _ in replies.map(lambda block: sift(gate, block, {}, most)):
+        columns = [block.metrics[name].tolist() for name in (EXAMPLES, "loss", "accuracy")]
+        for node, count, loss, accuracy in zip(block.nodes.tolist(), *columns, strict=True):
+            yield client_at(node), (int(count), loss, accuracy)

@@ -1,0 +1,70 @@
+"""Judges models on the central test set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord
+
+from fedsim.core.nodes import client_at
+from fedsim.core.records import FlatRecord, as_flat
+from fedsim.core.strategy import Served
+from fedsim.runtime.work import Environment
+
+
+class Central:
+    """The server's own evaluation.
+
+    Args:
+        env: data and model on the server's side.
+    """
+
+    def __init__(self, env: Environment) -> None:
+        self.env = env
+
+    def judge(self, models: Mapping[str, Served]) -> dict[str, float]:
+        """Mean over models of their metrics on the central test set, weighted by their clients."""
+        index = torch.from_numpy(np.asarray(self.env.data.central_test))
+        models = {n: m for n, m in models.items() if self._whole(m.arrays)}
+        if not len(index) or not models:
+            return {}
+        sums, total = torch.zeros(3, dtype=torch.float64), 0.0
+        for served in models.values():
+            weight = float(1 if served.clients is None else len(served.clients))
+            sums += self._measure(served.arrays, index) * weight
+            total += weight
+        loss, right, count = (sums / total).tolist()
+        return self._named(loss / count, right / count)
+
+    def _whole(self, arrays: ArrayRecord) -> bool:
+        """Whether a model has every entry: one without its personal layers cannot be judged."""
+        layout = self.env.model.layout
+        return (isinstance(arrays, FlatRecord) and arrays.layout is layout) or set(
+            layout.names
+        ) <= set(arrays)
+
+    def _measure(self, arrays: ArrayRecord, index: torch.Tensor) -> torch.Tensor:
+        """Sums over these examples of loss, right predictions and positions; float64 [3]."""
+        record, env = as_flat(arrays, self.env.model.layout), self.env
+        return env.model.measure(record, env.data.fields, index, env.batch_size).double().sum(1)
+
+    def loss_of(self, arrays: ArrayRecord, node: int | None = None) -> float:
+        """Mean loss on the central test set, or on the node's data (see `Setting.evaluate`)."""
+        data, rows = self.env.data, np.asarray(self.env.data.central_test)
+        if node is not None:
+            own = data.test[client_at(node)]
+            rows = own if len(own) else data.train[client_at(node)]
+        loss, _, count = self._measure(arrays, torch.from_numpy(rows)).tolist()
+        return loss / max(count, 1.0)
+
+    def _named(self, loss: float, accuracy: float) -> dict[str, float]:
+        kind = self.env.data.criterion
+        row = {"loss": loss}
+        if kind != "mse":
+            row["accuracy"] = accuracy
+        if kind == "next_token":
+            row["perplexity"] = math.exp(min(loss, 700.0))
+        return row
