@@ -18,8 +18,8 @@ from fedsim.runtime import flower
 from fedsim.runtime.envelope import ENROL, ENVELOPE, Enrolment, Envelope
 from fedsim.runtime.grid import LocalGrid
 
-LATE_KEPT = 1000
-"""Unanswered messages of earlier exchanges whose replies are still asked for."""
+KEPT = 1000
+"""Messages of earlier exchanges by which late and second replies are recognised."""
 
 
 class Copies(dict[int, tuple[ArrayRecord, ArrayRecord]]):
@@ -91,6 +91,7 @@ class RemoteGrid(Grid):
         self._place: dict[int, int] = {}
         self._asked: dict[int, str] = {}
         self._late: dict[str, Sent] = {}
+        self._answered: dict[str, Sent] = {}
         self._count, self._round, self._phase = 0, -1, 0
 
     # -- who is there ------------------------------------------------------------------------
@@ -219,21 +220,35 @@ class RemoteGrid(Grid):
                     return
                 self._pull(traffic, copies)
         finally:  # whoever stops taking replies leaves the rest to come late
-            self._late.update(traffic.open)
-            for number in list(self._late)[:-LATE_KEPT]:
-                del self._late[number]
+            for number, sent in traffic.open.items():
+                self._remember(self._late, number, sent)
+
+    @staticmethod
+    def _remember(where: dict[str, Sent], number: str, sent: Sent) -> None:
+        """Keep what is needed to recognise a reply, without the content of its message."""
+        old = sent.message
+        stub = Message(RecordDict(), old.metadata.dst_node_id, old.metadata.message_type)
+        flower.set_message_id(stub, old.metadata.message_id)
+        where[number] = Sent(stub, sent.node)
+        if len(where) > KEPT:
+            del where[next(iter(where))]
 
     def _pull(self, traffic: Traffic, copies: Copies) -> None:
         replies = list(self._inner.pull_messages([*traffic.open, *self._late]))
         free = []
         for reply in replies:
             number = reply.metadata.reply_to_message_id
-            sent = traffic.open.pop(number, None)
+            sent = traffic.open.get(number)
+            if sent is not None and self._foreign(sent, reply):
+                traffic.ready.append(self._presented(sent, reply))
+                continue
             if sent is not None:
+                del traffic.open[number]
                 free.append(sent.node)
             else:
-                sent = self._late.pop(number, None)
+                sent = self._late.pop(number, None) or self._answered.get(number)
             if sent is not None:
+                self._remember(self._answered, number, sent)
                 traffic.ready.append(self._presented(sent, reply))
         self._feed(traffic, free, copies)
         if not replies:
@@ -278,9 +293,14 @@ class RemoteGrid(Grid):
             # Flower names itself as the source of the errors that it makes up.
             return Message(reply.error, reply_to=sent.message)
         shown = Message(reply.content, reply_to=sent.message)
-        if reply.metadata.src_node_id != sent.node:
+        if self._foreign(sent, reply):
             flower.set_source(shown, 0)
         return shown
+
+    @staticmethod
+    def _foreign(sent: Sent, reply: Message) -> bool:
+        """Whether another node than the one that was asked has answered."""
+        return not reply.has_error() and reply.metadata.src_node_id != sent.node
 
     @staticmethod
     def _gone(message: Message, reason: str) -> Message:

@@ -1,0 +1,187 @@
+"""Row 2: hostile replies are refused one by one, with their reason, and change nothing."""
+
+from __future__ import annotations
+
+import itertools
+import resource
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+
+from fedsim import gate
+from fedsim.core.averaging import EXAMPLES
+from fedsim.core.packing import pack
+from fedsim.core.records import as_flat
+from fedsim.federation import Federation, Progress
+from fedsim.gate import Gate, Refusal
+from fedsim.runtime.grid import LocalGrid
+from tests.contract import toy
+from tests.contract.rows import Row, every
+from tests.faults.hostile import KINDS, Attack, HostileGrid, Kind
+
+CLIENTS, WORST = 15, 5
+SIZES = (10, 12, 6, 8, 11, 7, 14, 10, 8, 12, 8, 7, 6, 12, 11)
+"""In batches of four none has one left, for BatchNorm's sake."""
+
+
+def plan(kinds: list[Kind], seed: int) -> dict[int, Attack]:
+    """Rounds of attacks by 1 to 5 clients, until every kind of the list was sent once."""
+    draw, left, rounds = np.random.default_rng(seed), list(kinds), {}
+    for number in itertools.count(1):
+        if not left:
+            return rounds
+        some = [left.pop() for _ in range(min(len(left), int(draw.integers(1, WORST + 1))))]
+        who = draw.choice(CLIENTS, len(some), replace=False).tolist()
+        order = ("first", "middle", "last")[int(draw.integers(3))]
+        rounds[number] = Attack(dict(zip(who, some, strict=True)), order)
+    raise AssertionError
+
+
+def attacked(row: Row, attacks: dict[int, Attack], seed: int, drop: bool) -> Federation:
+    def wrap(grid: LocalGrid) -> HostileGrid:
+        return HostileGrid(grid, attacks, seed, drop)
+
+    return row.federation(
+        rounds=len(attacks), data=toy.federated(SIZES), wrap=wrap, cohort={"quorum": 0.2}
+    )
+
+
+def state(federation: Federation, progress: Progress) -> bytes:
+    """The model and everything else that the strategy holds."""
+    return toy.sha256(progress.arrays).encode() + pack(federation.strategy.state_dict())
+
+
+def refused(progress: Progress, attacks: dict[int, Attack]) -> list[tuple[str, str]]:
+    """For every hostile reply: the reason it had to be refused with, and what became of it."""
+    rows = {(r["round"], r["client"]): r for r in progress.clients}
+    found = []
+    for number, attack in attacks.items():
+        for client, kind in attack.kinds.items():
+            row = rows.pop((number, client))
+            found.append((kind.reason, (row.get("reason") or row["status"]).split(":")[0]))
+    assert {r["status"] for r in rows.values() if "status" in r} == {"ok"}
+    return found
+
+
+def trial(row: Row, kinds: list[Kind], seed: int) -> int:
+    """Failures among so many hostile replies in one run."""
+    attacks = plan(kinds, seed)
+    there, without = (attacked(row, attacks, seed, drop) for drop in (False, True))
+    progress, reference = toy.run(there), toy.run(without)
+    assert not any(r["abandoned"] for r in progress.rounds)
+    if state(there, progress) != state(without, reference):
+        return len(kinds)
+    return sum(wanted != got for wanted, got in refused(progress, attacks))
+
+
+@every()
+def test_every_kind_is_refused_alone(row: Row) -> None:
+    assert trial(row, list(KINDS.values()), seed=7) == 0
+
+
+@pytest.mark.faults
+@every()
+def test_row_2(row: Row, scorecard: Callable[..., None]) -> None:
+    """36 variants of 28 kinds for every strategy."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    failures = sum(trial(row, list(KINDS.values()), seed) for seed in range(36))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    scorecard("2", f"hostile replies, {row.id}", 36 * len(KINDS), failures)
+    assert failures == 0
+    assert grown < 64 * 1024, f"memory grew by {grown} kB"
+
+
+def test_memory_stays_small() -> None:
+    trial(Row("fedavg"), list(KINDS.values()), 0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for seed in range(1, 4):
+        assert trial(Row("fedavg"), list(KINDS.values()), seed) == 0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+
+
+# ------------------------------------------------------------------ planted: the test must fail
+
+
+def _believing(name: str) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda patch: patch.setattr(Gate, name, lambda *_: None)
+
+
+PLANTED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "values are not looked at": _believing("_check_values"),
+    "metrics are not looked at": _believing("_check_metrics"),
+    "bytes are believed": lambda patch: patch.setattr(gate, "_check_npy", lambda *_: None),
+    "arrays are believed": lambda patch: patch.setattr(gate, "_check_array", lambda *_: None),
+    "everything is admitted": lambda patch: patch.setattr(
+        Gate, "admit", lambda self, reply, expected, most=None: reply.content
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    PLANTED[fault](monkeypatch)
+    try:
+        failures = trial(Row("fedavg"), list(KINDS.values()), seed=7)
+    except Exception:
+        return  # a traceback in the server is a failure, too
+    assert failures
+
+
+# ------------------------------------------------------------------------------ the gate alone
+
+
+def reply(**metrics: Any) -> Message:
+    fed = Row("fedavg").federation()
+    progress = fed.begin()
+    message = toy.messages_of(fed, progress.arrays, 1)[0]
+    content = toy.contents_of(fed, [message])[0]
+    content = RecordDict({**content, "metrics": MetricRecord({EXAMPLES: 5, **metrics})})
+    return Message(content, reply_to=message)
+
+
+def code(message: Message, most: int | None = None, **options: Any) -> str:
+    expected = {"arrays": message.content["arrays"]}
+    try:
+        Gate(**options).admit(message, expected, most)
+    except Refusal as refusal:
+        return refusal.code
+    return "admitted"
+
+
+def test_no_more_examples_than_the_client_has() -> None:
+    assert code(reply(), most=5) == "admitted"
+    assert code(reply(), most=4) == "examples_invalid"
+    assert code(reply(), max_examples=4) == "examples_invalid"
+    assert code(reply(**{EXAMPLES: 4.5})) == "examples_invalid"
+
+
+def test_metrics_may_not_be_a_megabyte() -> None:
+    assert code(reply(x=[1.0] * 200_000)) == "too_large"
+    assert code(reply(x=[1.0] * 1_000)) == "admitted"
+
+
+def test_very_many_names_make_a_short_reason() -> None:
+    message = reply()
+    entry = next(iter(message.content["arrays"].values()))
+    many = {f"\x1b[31m{i}": entry for i in range(20_000)}
+    with pytest.raises(Refusal) as caught:
+        Gate().checked(ArrayRecord(many), as_flat(message.content["arrays"]).layout)
+    assert caught.value.code == "wrong_names"
+    assert len(str(caught.value)) < 400
+    assert str(caught.value).isprintable()
+
+
+def test_every_reason_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    missing = [r for r in get_args(gate.Reason) if f"`{r}`" not in text]
+    assert not missing
+
+
+def test_each_kind_has_a_reason_of_the_list() -> None:
+    assert len(KINDS) == 28
+    assert set(Counter(k.reason for k in KINDS.values())) <= set(get_args(gate.Reason))
