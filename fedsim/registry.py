@@ -47,6 +47,7 @@ STRATEGIES = {
     "pfedme": "strategies.pfedme:PFedMe",
     "fedkseed": "strategies.fedkseed:FedKSeed",
     "fedkseed_pro": "strategies.fedkseed:FedKSeedPro",
+    "ferret": "strategies.ferret:Ferret",
     "fedavgm": "strategies.flower:FedAvgM",
     "fedadam": "strategies.flower:FedAdam",
     "fedyogi": "strategies.flower:FedYogi",
@@ -74,6 +75,7 @@ CLIENTS = {
     "pfedme": "clients.pfedme:PFedMe",
     "fedsam": "clients.fedsam:FedSAM",
     "fedkseed": "clients.fedkseed:FedKSeed",
+    "ferret": "clients.ferret:Ferret",
 }
 DEVICES = {
     "workstation": "fedsim.runtime.clock:workstation",
