@@ -103,7 +103,7 @@ class Criterion:
             if self.classifies
             else torch.zeros_like(losses)
         )
-        return torch.stack([t.reshape(t.shape[0], -1).sum(1) for t in (losses, right, counts)])
+        return torch.stack([t.unsqueeze(-1).flatten(1).sum(1) for t in (losses, right, counts)])
 
 
 CRITERIA = {
