@@ -191,7 +191,7 @@ def _check_packet(record: ArrayRecord, want: Expected) -> None:
 
 
 _HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '([^']{2,8})', 'fortran_order': (?:True|False), "
+    rb"\x93NUMPY\x01\x00..\{'descr': '([!-&(-~]{2,8})', 'fortran_order': (?:True|False), "
     rb"'shape': \(([0-9, ]*)\), \} *\n",
     re.DOTALL,
 )

@@ -123,6 +123,7 @@ LIES: dict[str, tuple[bytes, str, str]] = {
     "too short": (npy(body=bytes(23)), NPY, "malformed"),
     "too long": (npy(body=bytes(25)), NPY, "malformed"),
     "version 2": (npy(version=2), NPY, "malformed"),
+    "bytes that are no text": (npy().replace(b"<f4", b"<\xff4"), NPY, "malformed"),
     "empty": (b"", NPY, "malformed"),
     "magic only": (b"\x93NUMPY", NPY, "malformed"),
     "code in the header": (npy(shape="(__import__('os'), 3)"), NPY, "malformed"),
