@@ -16,6 +16,7 @@ from fedsim.core.averaging import MetricMean, examples_of, metrics_of
 from fedsim.core.errors import require
 from fedsim.core.packets import Expected, packet, packet_of
 from fedsim.core.records import FlatRecord, as_flat, from_record, to_record
+from fedsim.core.resident import settle
 from fedsim.core.strategy import Aggregate, Served, Setting, Strategy
 
 SUMS = "sums"
@@ -144,6 +145,7 @@ class FedKSeed(Strategy):
         for name in ("weight_decay", "momentum"):
             value = config.get(name, 0)
             require(not value, f"train.{name}", value, "0: scalars cannot express it")
+        arrays = settle(self, arrays, config)
         self.sums = from_record(arrays)[SUMS].numpy().copy()
         told = {**config, "server-round": server_round}
         content = self._content(server_round, arrays)

@@ -18,6 +18,7 @@ from fedsim.core.errors import require
 from fedsim.core.nodes import client_at
 from fedsim.core.packets import Expected, packet, packet_of
 from fedsim.core.records import FlatRecord, as_flat, from_record, to_record
+from fedsim.core.resident import settle
 from fedsim.core.strategy import Aggregate, Served, Setting, Strategy
 
 PREFIX = "coordinates-"
@@ -139,6 +140,7 @@ class Ferret(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Sequence[Message]:
         """Send the coordinates."""
+        arrays = settle(self, arrays, config)
         self.sets = {n: c.copy() for n, c in self._sets(arrays).items()}
         return self._send("train", server_round, arrays, config, grid)
 

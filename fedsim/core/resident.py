@@ -11,10 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, ConfigRecord
 from torch import Tensor
 
+from fedsim.core.model import ModelInfo
 from fedsim.core.program import Batch, LocalProgram, LocalState
+from fedsim.core.records import as_flat
+from fedsim.core.strategy import Setting, Strategy
 
 
 class ResidentState(LocalState):
@@ -95,3 +98,24 @@ class ResidentProgram(LocalProgram):
         for batch in s.batches():
             self.step(s, batch)
         s.replies["arrays"] = s.model()
+
+
+def settle(strategy: Strategy, arrays: ArrayRecord, config: ConfigRecord) -> ArrayRecord:
+    """What a strategy that sends no models holds, also in a loop that never calls `setup`.
+
+    Flower's own loop hands the initial model to the first round; then this sets the strategy up
+    from it (all its entries taken for trainable, in their order) and the seed in `config`.
+
+    Args:
+        strategy: has `start_arrays`.
+        arrays: what the loop says it holds.
+        config: of the round.
+    """
+    if hasattr(strategy, "setting"):
+        return arrays
+    initial = as_flat(arrays)
+    none: frozenset[str] = frozenset()
+    info = ModelInfo(initial.layout, {}, none, none)
+    seed = config.get("seed", 0)
+    strategy.setup(Setting(info, 0, int(seed) if isinstance(seed, int) else 0, 0, None, initial))
+    return strategy.start_arrays(initial)

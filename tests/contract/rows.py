@@ -33,6 +33,7 @@ class Row:
         rounding: relative difference to allow where an equality holds up to rounding: 0 for
             strategies that sum models in float64, more for those that add float32 updates.
         fewest: fewest replies that the strategy aggregates.
+        packed: messages hold packed bytes instead of a model.
     """
 
     strategy: str
@@ -42,6 +43,7 @@ class Row:
     optimises: bool = False
     rounding: float = 0.0
     fewest: int = 1
+    packed: bool = False
 
     @property
     def id(self) -> str:
@@ -67,6 +69,8 @@ class Row:
 ULP = 1e-6
 """What float32 sums of seven numbers may differ by."""
 
+ZEROTH: dict[str, Any] = {"pool": 32, "steps": 6, "lr": 0.02, "eps": 1e-3}
+
 ROWS = [
     Row("fedavg"),
     Row("fedavg", model="bn"),
@@ -78,6 +82,12 @@ ROWS = [
     Row("fedld", {"margin_form": "logit", "first_round": "principal"}, rounding=ULP),
     Row("fedld", model="bn", rounding=ULP),
     Row("fedld_official", model="bn", train={"momentum": 0.5, "epochs": 2}, rounding=ULP),
+    Row("fedkseed", ZEROTH, packed=True),
+    Row("fedkseed", {**ZEROTH, "basis": "rademacher32"}, model="mlp", packed=True),
+    Row("fedkseed_pro", ZEROTH, packed=True),
+    Row("ferret", {"bases": 16}, packed=True),
+    Row("ferret", {"bases": 16, "momentum": 0.5, "multiple": 0.0}, model="mlp", packed=True),
+    Row("ferret", {"bases": 16, "fresh": "round", "half": True}, packed=True),
     Row("fedavgm", optimises=True),
     Row("fedadam", {"eta": 0.01}, optimises=True),
     Row("fedadam", {"eta": 0.01}, model="bn", optimises=True),
