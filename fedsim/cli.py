@@ -288,6 +288,38 @@ def list_(
     tables.show_names({n: registry.describe(kind.value, n) for n in registry.names(kind)}, json)
 
 
+@app.command("merge-lora")
+def merge_lora(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTERS...", help="peft folders.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the merged adapter.")],
+    method: Annotated[
+        str, typer.Option(help="lego, fedit, flora, flexlora, hetlora, ensemble, ties, dare, ...")
+    ] = "lego",
+    rank: Annotated[
+        str | None, typer.Option(metavar="K|sum|max", help="Rank of the result.")
+    ] = None,
+    output_reweight: Annotated[
+        bool | None, typer.Option("--output-reweight/--no-output-reweight", help="Of lego.")
+    ] = None,
+    parameter_reweight: Annotated[
+        bool | None, typer.Option("--parameter-reweight/--no-parameter-reweight", help="Of lego.")
+    ] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Of each adapter, in order; default: all alike.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Another option of the method. Repeatable."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Merge LoRA adapters of one base model; peft loads the result."""
+    from fedsim.models import merge_command
+
+    chosen = {"output_reweight": output_reweight, "parameter_reweight": parameter_reweight}
+    merge_command.run(adapters, out, method, rank, weight, option or [], chosen, json)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
