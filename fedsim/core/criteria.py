@@ -51,7 +51,7 @@ class Criterion:
 
     @torch.no_grad()
     def stacked(
-        self, outputs: Tensor, target: Tensor, weight: Tensor | None = None
+        self, outputs: Tensor, target: Tensor, weight: Tensor | None = None, full: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Losses of many clients' batches at once, and their gradients, in closed form.
 
@@ -61,28 +61,31 @@ class Criterion:
             outputs: shape [C, B, ...], one batch for each of C clients.
             target: shape [C, B] or [C, B, T].
             weight: shape [C, B], zero for padding, or None for all ones.
+            full: whether no target is `IGNORE`, which spares looking.
 
         Returns:
             losses of shape [C], and their gradients with respect to `outputs`, in its shape.
         """
         if self.classifies:
+            index = (target if full else target.clamp_min(0)).unsqueeze(-1)
             logs = outputs.log_softmax(-1)
-            real = target != IGNORE
-            index = target.clamp_min(0).unsqueeze(-1)
             losses = logs.gather(-1, index).squeeze(-1).neg_()
             slopes = logs.exp_()
-            slopes.scatter_add_(-1, index, slopes.new_full((), -1.0).expand(index.shape))
-            counts = real.to(losses.dtype)
+            slopes.scatter_add_(-1, index, slopes.new_full((1,), -1.0).expand(index.shape))
         else:
             slopes = outputs.reshape(target.shape) - target
             losses = 0.5 * slopes.square()
-            slopes, counts = slopes.view(outputs.shape), torch.ones_like(losses)
+            slopes = slopes.view(outputs.shape)
         simple = weight is None and losses.dim() == 2  # as in a call: the mean over the batch
+        if simple and (full or not self.classifies):
+            return losses.mean(1), slopes.mul_(1.0 / losses.shape[1])
+        counts = torch.ones_like(losses)
+        if self.classifies and not full:
+            counts = (target != IGNORE).to(losses.dtype)
         if weight is not None:
             counts = counts * weight.to(counts.dtype).view(*weight.shape, *[1] * (losses.dim() - 2))
-        clients = (-1, *[1] * (losses.dim() - 1))
         total = counts.flatten(1).sum(1).clamp_min(1.0)
-        share = counts / (losses.shape[1] if simple else total.view(clients))
+        share = counts / (losses.shape[1] if simple else total.view(-1, *[1] * (losses.dim() - 1)))
         mean = (losses * share).flatten(1).sum(1)
         return mean, slopes.mul_(share.unsqueeze(-1) if share.dim() < slopes.dim() else share)
 

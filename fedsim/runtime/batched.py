@@ -77,7 +77,7 @@ class Batched:
             ) -> T:
                 return then(self._attempt(part, plan, blocks[number], keep))
 
-            cost = [float(plan.steps[places].sum()) for places in blocks]
+            cost = [float(plan.steps[p].sum() + 2 * plan.steps[p].max()) for p in blocks]
             yield from self.workers.map(do, len(blocks), cost)
 
     def _attempt(self, work: Work, plan: Plan, places: Ints, keep: bool) -> Outcomes:

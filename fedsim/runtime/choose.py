@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedsim.core.criteria import IGNORE
 from fedsim.core.errors import ConfigError
 from fedsim.core.model import FlatModel
 from fedsim.core.program import LocalProgram
@@ -23,11 +24,11 @@ from fedsim.runtime.layers import Chain, Functional, Stackable
 from fedsim.runtime.serial import Serial
 from fedsim.runtime.threads import Workers
 
-BLOCK_BYTES = 3 << 20
-"""Parameters of a block in bytes: more than that does not stay in a core's cache."""
+BLOCK_BYTES = 5 << 20
+"""Parameters of a block in bytes: more than that does not stay in the cache."""
 LEAST, MOST = 4, 32
 """Clients of a block: fewer waste dispatch, more gain nothing."""
-SHARES = 8
+SHARES = 4
 """Blocks a cohort is cut into at least, so that there is work for every core."""
 RESIDENT = 50_000_000
 """Parameters of a model that is not copied for every thread."""
@@ -61,9 +62,10 @@ class Choice:
         return f"{self.executor}{more}: {self.reason}"
 
 
-def stackable(model: FlatModel) -> Stackable | None:
+def stackable(model: FlatModel, data: FederatedData) -> Stackable | None:
     """The model as it can be differentiated at stacked parameters; None if it cannot."""
-    return Chain.of(model) or (Functional(model) if _functional(model) is None else None)
+    full = bool((data.fields["y"] != IGNORE).all())
+    return Chain.of(model, full) or (Functional(model) if _functional(model) is None else None)
 
 
 def choose(
@@ -139,17 +141,15 @@ def _against_stacking(
     """
     if not program.vectorized:
         return "the program is not vectorized"
-    engine = Chain.of(model)
+    engine = stackable(model, data)
     if engine is None:
-        fault = _functional(model)
-        if fault:
-            return fault
+        return _functional(model)
     work = _trial(model, data, program, received)
     try:
         alone = list(Serial(model, data, debug=True).map(work, _as_is))
     except Exception:  # it wants more than is known before the first round: take its word
         return None
-    batched = Batched(model, data, Workers(1), engine or Functional(model), len(work))
+    batched = Batched(model, data, Workers(1), engine, len(work))
     (block,) = batched.map(work, _as_is)
     if block.faults:
         error = next(iter(block.faults.values()))

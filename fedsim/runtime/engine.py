@@ -73,7 +73,7 @@ class Engine:
         self.model, self.data, self.choice = model, data, choice
         self.workers = Workers(workers)
         self._threads = Threads(model, data, self.workers, choice.channels_last)
-        self._stack = stackable(model) if choice.executor == "batched" else None
+        self._stack = stackable(model, data) if choice.executor == "batched" else None
         self.executor: Executor = Serial(model, data, debug)
         if choice.executor == "threads":
             self.executor = self._threads

@@ -18,33 +18,48 @@ from fedsim.core.records import Layout
 from fedsim.runtime.serial import PartGradient
 
 Loss = Callable[[Criterion, Tensor, Tensor, "Tensor | None"], Tensor]
+Views = Mapping[str, Tensor]
+LOOPED = 2
+"""Clients whose overridden loss is cheaper one after another than by `vmap`."""
+
+
+class Point(NamedTuple):
+    """Where a block of models is differentiated.
+
+    Attributes:
+        values: parameters by name, stacked [C, ...], or as they are if all clients share them.
+        w: what is to be changed: the trainable parameters, [C, p].
+        views: entries of `w` by name.
+    """
+
+    values: Views
+    w: Tensor
+    views: Views
 
 
 class Stackable(Protocol):
     """A model that can be differentiated at stacked parameters."""
 
-    def outputs(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def outputs(self, values: Views, x: Tensor) -> Tensor:
         """Outputs for inputs [C, B, ...]; values are stacked [C, ...], or shared as they are."""
         ...
 
     def gradient(
         self,
-        values: Mapping[str, Tensor],
+        point: Point,
         x: Tensor,
         y: Tensor,
         weight: Tensor | None,
         loss: Loss | None,
-        like: Tensor,
     ) -> tuple[Tensor, Gradient]:
         """Losses [C] and the gradient, stacked [C, p].
 
         Args:
-            values: parameters by name, stacked, or shared by all clients.
+            point: where.
             x: inputs, [C, B, ...].
             y: targets, [C, B] or [C, B, T].
             weight: weights of the examples, [C, B], or None for all ones.
             loss: the program's loss; None for the criterion itself.
-            like: a tensor of the shape of the gradient.
         """
         ...
 
@@ -54,14 +69,20 @@ def through_loss(
 ) -> tuple[Tensor, Tensor]:
     """Losses [C] and slopes of any loss with respect to outputs [C, B, ...]."""
 
-    def one(out: Tensor, target: Tensor, share: Tensor | None) -> Tensor:
+    leaf = outputs.detach().requires_grad_()
+    given = (leaf, y) if weight is None else (leaf, y, weight)
+
+    def one(out: Tensor, target: Tensor, share: Tensor | None = None) -> Tensor:
         return loss(criterion, out, target, share)
 
-    if weight is None:
-        slopes, values = vmap(lambda o, t: grad_and_value(one)(o, t, None))(outputs, y)
-    else:
-        slopes, values = vmap(grad_and_value(one))(outputs, y, weight)
-    return values, slopes
+    with torch.enable_grad():
+        if len(y) <= LOOPED:
+            values = torch.stack([one(*own) for own in zip(*given, strict=True)])
+        else:
+            values = vmap(one)(*given)
+        # A client's loss depends on its own outputs alone: the sum's slopes are everybody's own.
+        (slopes,) = torch.autograd.grad(values.sum(), leaf)
+    return values.detach(), slopes
 
 
 class Factor(NamedTuple):
@@ -79,24 +100,25 @@ class FactorGradient(Gradient):
     Added to parameters in place, it is never written down by itself.
     """
 
-    def __init__(self, layout: Layout, factors: list[Factor], like: Tensor) -> None:
-        self._layout, self._factors, self._like = layout, factors, like
+    def __init__(self, layout: Layout, factors: list[Factor], w: Tensor, views: Views) -> None:
+        self._layout, self._factors, self._w, self._views = layout, factors, w, views
 
     def dense(self) -> Tensor:
         """The gradient as a vector for each client, shape [C, p]."""
-        return self._write(torch.zeros_like(self._like), 1.0, 0.0)
+        out = torch.zeros_like(self._w)
+        self._write(self._layout.views(out), 1.0, 0.0)
+        return out
 
     def add_to(self, target: Tensor, alpha: float = 1.0) -> None:
         """``target += alpha * gradient`` in place."""
-        self._write(target, alpha, 1.0)
+        own = target is self._w  # whose views are there already
+        self._write(self._views if own else self._layout.views(target), alpha, 1.0)
 
-    def _write(self, target: Tensor, alpha: float, beta: float) -> Tensor:
-        view = self._layout.view
+    def _write(self, views: Views, alpha: float, beta: float) -> None:
         for weight, bias, slope, inputs in self._factors:
-            view(target, weight).baddbmm_(slope.transpose(1, 2), inputs, beta=beta, alpha=alpha)
+            views[weight].baddbmm_(slope.transpose(1, 2), inputs, beta=beta, alpha=alpha)
             if bias is not None:
-                view(target, bias).add_(slope.sum(1), alpha=alpha)
-        return target
+                views[bias].add_(slope.sum(1), alpha=alpha)
 
 
 @dataclass(frozen=True)
@@ -111,22 +133,30 @@ class Chain:
     criterion: Criterion
     layers: tuple[tuple[str, nn.Module], ...]
     lowest: int  # the first layer that is trained
+    full: bool  # whether no target is to be ignored
 
     @staticmethod
-    def of(model: FlatModel) -> Chain | None:
-        """The model as a chain, or None if it is none."""
+    def of(model: FlatModel, full: bool = False) -> Chain | None:
+        """The model as a chain, or None if it is none.
+
+        Args:
+            model: the model.
+            full: whether no target of the data is to be ignored.
+        """
         layers, trained = _unfold(model.module, ""), set(model.layout.trainable)
         if layers is None or trained != set(model.layout.names):
             return None
         linear = [i for i, (name, _) in enumerate(layers) if f"{name}weight" in trained]
-        return Chain(model.layout, model.criterion, tuple(layers), linear[0]) if linear else None
+        if not linear:
+            return None
+        return Chain(model.layout, model.criterion, tuple(layers), linear[0], full)
 
-    def outputs(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def outputs(self, values: Views, x: Tensor) -> Tensor:
         """See `Stackable`."""
         out = self._forward(values, x)[0]
         return out.view(*x.shape[: 2 if self.criterion.name != "next_token" else 3], -1)
 
-    def _forward(self, values: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _forward(self, values: Views, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Outputs, and what each Linear layer was given and each ReLU gave."""
         tape = []
         for name, layer in self.layers:
@@ -143,20 +173,19 @@ class Chain:
 
     def gradient(
         self,
-        values: Mapping[str, Tensor],
+        point: Point,
         x: Tensor,
         y: Tensor,
         weight: Tensor | None,
         loss: Loss | None,
-        like: Tensor,
     ) -> tuple[Tensor, Gradient]:
         """See `Stackable`."""
-        outputs, tape = self._forward(values, x)
+        outputs, tape = self._forward(point.values, x)
         shown = outputs
         if self.criterion.classifies:
             shown = outputs.view(*y.shape, -1)
         losses, slope = (
-            self.criterion.stacked(shown, y, weight)
+            self.criterion.stacked(shown, y, weight, self.full)
             if loss is None
             else through_loss(loss, self.criterion, shown, y, weight)
         )
@@ -169,10 +198,10 @@ class Chain:
                     bias = names[1] if layer.bias is not None else None
                     factors.append(Factor(names[0], bias, slope, tape.pop()))
                 if i > self.lowest:
-                    slope = _times(slope, values[names[0]])
+                    slope = _times(slope, point.values[names[0]])
             elif isinstance(layer, nn.ReLU):
                 slope = slope * (tape.pop() > 0)
-        return losses, FactorGradient(self.layout, factors, like)
+        return losses, FactorGradient(self.layout, factors, point.w, point.views)
 
 
 def _unfold(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]] | None:
@@ -221,7 +250,7 @@ class Functional:
         module: nn.Module = self._own.module
         return module
 
-    def outputs(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def outputs(self, values: Views, x: Tensor) -> Tensor:
         """See `Stackable`."""
         module = self._module
         axes = {n: _axis(v, self._model.layout, n) for n, v in values.items()}
@@ -231,18 +260,17 @@ class Functional:
 
     def gradient(
         self,
-        values: Mapping[str, Tensor],
+        point: Point,
         x: Tensor,
         y: Tensor,
         weight: Tensor | None,
         loss: Loss | None,
-        like: Tensor,
     ) -> tuple[Tensor, Gradient]:
         """See `Stackable`."""
         module, layout = self._module, self._model.layout
         criterion, judge = self._model.criterion, loss or Criterion.__call__
-        trained = {n: values[n] for n in layout.trainable}
-        rest = {n: v for n, v in values.items() if n not in trained}
+        trained = {n: point.values[n] for n in layout.trainable}
+        rest = {n: v for n, v in point.values.items() if n not in trained}
 
         def one(own: Any, other: Any, x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
             outputs = functional_call(module, own | other, (x,))
@@ -251,7 +279,7 @@ class Functional:
         axes = [{n: _axis(v, layout, n) for n, v in part.items()} for part in (trained, rest)]
         call = vmap(grad_and_value(one), in_dims=(*axes, 0, 0, None if weight is None else 0))
         grads, losses = call(trained, rest, x, y, weight)
-        return losses, PartGradient(layout, [grads[n] for n in layout.trainable], like)
+        return losses, PartGradient(layout, [grads[n] for n in layout.trainable], point.w)
 
 
 def _axis(value: Tensor, layout: Layout, name: str) -> int | None:

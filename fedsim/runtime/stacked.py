@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsim.core.model import FlatModel
 from fedsim.core.program import Batch, Gradient, LocalProgram, LocalState
-from fedsim.runtime.layers import Stackable
+from fedsim.runtime.layers import Point, Stackable
 
 
 class Prefix:
@@ -96,7 +96,7 @@ class StackedState(LocalState):
         # While nobody has written to `flat`, all rows are `start`, and products can be shared.
         self._shared = model.layout.views(start) if start.dim() == 1 else None
         self._version = flat._version
-        self._views = model.layout.views(flat)
+        self._views, self._active = model.layout.views(flat), 0
         self.losses: list[Tensor] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -115,33 +115,42 @@ class StackedState(LocalState):
             own.pop(name, None)
             vars(self)[name] = value
 
+    def _here(self) -> Point:
+        """The active clients' parameters; the same tensors until others are active."""
+        active, layout = self.prefix.active, self._model.layout
+        if self._active != active:
+            views = {n: v[:active] for n, v in self._views.items()}
+            w = self.flat[:active, : layout.num_trainable]
+            vars(self).update(_active=active, _point=Point(views, w, views))
+        point: Point = vars(self)["_point"]
+        return point
+
     @property
     def w(self) -> Tensor:  # type: ignore[override]
-        return self.flat[: self.prefix.active, : self._model.layout.num_trainable]
+        return self._here().w
 
     def gradient(self, batch: Batch, at: Tensor | None = None, training: bool = True) -> Gradient:
-        active, layout = self.prefix.active, self._model.layout
-        values: Mapping[str, Tensor]
-        if at is None and self._shared is not None and self.flat._version == self._version:
-            values = self._shared
-        else:
-            values = {n: v[:active] for n, v in self._views.items()}
-            if at is not None:
-                values = {**values, **{n: layout.view(at, n) for n in layout.trainable}}
-        weight = batch.fields.get("weight")
+        point, active, fields = self._here(), self.prefix.active, batch.fields
+        if at is not None:
+            moved = {n: self._model.layout.view(at, n) for n in self._model.layout.trainable}
+            point = point._replace(values={**point.values, **moved})
+        elif self._shared is not None and self.flat._version == self._version:
+            point = point._replace(values=self._shared)
+        weight = fields.get("weight")
         losses, gradient = self._engine.gradient(
-            values,
-            batch.fields["x"][:active],
-            batch.fields["y"][:active],
+            point,
+            fields["x"][:active],
+            fields["y"][:active],
             None if weight is None else weight[:active],
             self._loss,
-            self.w,
         )
         self.losses.append(losses)
         return gradient
 
     def mean_losses(self) -> Tensor:
         """Mean over the gradients taken of the training loss, shape [C]; NaN without any."""
+        if self.losses and all(len(losses) == len(self.flat) for losses in self.losses):
+            return torch.stack(self.losses).mean(0)
         total, count = torch.zeros_like(self.flat[:, 0]), torch.zeros_like(self.flat[:, 0])
         for losses in self.losses:
             total[: len(losses)] += losses
