@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from fedsim import __version__
 from fedsim.core.errors import ConfigError, FedsimError
 from fedsim.core.text import tame
+from fedsim.deploy.cli import app as device
 
 if TYPE_CHECKING:
     from fedsim.api import Comparison
@@ -147,6 +148,9 @@ class Kind(StrEnum):
     models = "models"
     partitioners = "partitioners"
     devices = "devices"
+
+
+app.add_typer(device)
 
 
 @app.callback()

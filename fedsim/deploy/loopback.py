@@ -207,7 +207,10 @@ def deploy(given: argparse.Namespace) -> Path:
         code = deployment.run(
             {
                 JSON: experiment.model_dump_json(),
-                STRATEGY: entry.label, SEED: seed, OUT: str(out), WAIT: given.wait,
+                STRATEGY: entry.label,
+                SEED: seed,
+                OUT: str(out),
+                WAIT: given.wait,
             }
         )
         state = _state(out)
