@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 
 import numpy as np
@@ -87,7 +89,7 @@ class FedKSeed(ResidentProgram):
         pairs: list[kseed.Pair] = []
         losses: list[float] = []
         for place, batch in zip(places.tolist(), s.batches(), strict=True):
-            g, value = self.take(s, int(seeds[place]), lambda batch=batch: s.loss(batch))
+            g, value = self.take(s, int(seeds[place]), partial(s.loss, batch))
             if g is not None:
                 pairs.append((place, g))
             if isfinite(value):
@@ -98,14 +100,16 @@ class FedKSeed(ResidentProgram):
             s.metrics["loss"] = float(np.mean(losses))
         s.metrics["discarded"] = float(s.num_steps - len(pairs))
 
-    def take(self, s: ResidentState, seed: int, loss: object) -> tuple[float | None, float]:
+    def take(
+        self, s: ResidentState, seed: int, loss: Callable[[], float]
+    ) -> tuple[float | None, float]:
         """One step: changes `s.w`, and gives the scalar gradient as sent, and the loss.
 
         A discarded step gives None and leaves `s.w` as it was.
         """
         w, lr = s.w, self.lr
         copy = w.clone() if self.exact_restore else None
-        above, below, g = kseed.two_point(w, seed, self.eps, loss, self.basis)  # type: ignore[arg-type]
+        above, below, g = kseed.two_point(w, seed, self.eps, loss, self.basis)
         clipped = self.loss_clip > 0 and abs(above - below) > self.loss_clip
         used = isfinite(g) and not clipped
         g = float(np.float32(g)) if used else 0.0

@@ -48,6 +48,7 @@ STRATEGIES = {
     "fedkseed": "strategies.fedkseed:FedKSeed",
     "fedkseed_pro": "strategies.fedkseed:FedKSeedPro",
     "ferret": "strategies.ferret:Ferret",
+    "fedzo": "strategies.fedzo:FedZO",
     "fedavgm": "strategies.flower:FedAvgM",
     "fedadam": "strategies.flower:FedAdam",
     "fedyogi": "strategies.flower:FedYogi",
@@ -76,6 +77,7 @@ CLIENTS = {
     "fedsam": "clients.fedsam:FedSAM",
     "fedkseed": "clients.fedkseed:FedKSeed",
     "ferret": "clients.ferret:Ferret",
+    "fedzo": "clients.fedzo:FedZO",
 }
 DEVICES = {
     "workstation": "fedsim.runtime.clock:workstation",

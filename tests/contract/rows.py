@@ -88,6 +88,7 @@ ROWS = [
     Row("ferret", {"bases": 16}, packed=True),
     Row("ferret", {"bases": 16, "momentum": 0.5, "multiple": 0.0}, model="mlp", packed=True),
     Row("ferret", {"bases": 16, "fresh": "round", "half": True}, packed=True),
+    Row("fedzo", {"eps": 1e-3}),
     Row("fedavgm", optimises=True),
     Row("fedadam", {"eta": 0.01}, optimises=True),
     Row("fedadam", {"eta": 0.01}, model="bn", optimises=True),
