@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flwr.serverapp import Grid
 
-from fedsim import runner
+from fedsim import launch
 from fedsim.app_config import Settings
 from fedsim.app_config import find_strategy as find_strategy
 from fedsim.config import Experiment, StrategyConfig, override, parse, slug
@@ -86,7 +86,7 @@ Begin = Callable[[Task, OnEvent | None, bool], RunResult]
 """Runs a task; the last argument says whether to go on from its last checkpoint."""
 
 
-def execute(task: Task, on_event: OnEvent | None = None, begin: Begin = runner.start) -> RunResult:
+def execute(task: Task, on_event: OnEvent | None = None, begin: Begin = launch.start) -> RunResult:
     """Run a task: anew, from its last checkpoint, or not at all if it is finished already.
 
     Args:
@@ -133,7 +133,7 @@ def serve(settings: Settings, grid: Grid, on_event: OnEvent | None = None) -> Ru
 
     def begin(task: Task, on_event: OnEvent | None, resume: bool) -> RunResult:
         with locked(task.path):
-            return runner.serve(task, grid, on_event, resume=resume, wait=settings.wait)
+            return launch.serve(task, grid, on_event, resume=resume, wait=settings.wait)
 
     return execute(task, on_event, begin)
 

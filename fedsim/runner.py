@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from flwr.app import ArrayRecord
-from flwr.serverapp import Grid
 from safetensors.torch import save
 
 from fedsim import registry
-from fedsim.app_config import STATE, Settings
 from fedsim.client_app import ProgramApp
 from fedsim.config import Experiment, StrategyConfig
 from fedsim.core.adapter import adapt
@@ -28,16 +26,14 @@ from fedsim.core.records import as_flat, from_record, to_record
 from fedsim.core.strategy import Strategy
 from fedsim.failpoints import crash_here
 from fedsim.federation import Federation, Progress
-from fedsim.journal import Journal, Snapshot, locked
+from fedsim.journal import Journal, Snapshot
 from fedsim.ledger import Ledger
 from fedsim.results import RunWriter, environment
 from fedsim.results.files import write_atomic
-from fedsim.runtime import code
 from fedsim.runtime.choose import Choice
 from fedsim.runtime.engine import Engine
 from fedsim.runtime.grid import LocalGrid
 from fedsim.runtime.remote import RemoteGrid
-from fedsim.runtime.simulation import simulate
 from fedsim.runtime.threads import one_thread
 from fedsim.runtime.work import Environment, client_of
 
@@ -123,69 +119,6 @@ def saved_config(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise RunError(f"{file} cannot be read: {error}") from None
     return content or None
-
-
-def start(task: Task, on_event: OnEvent | None = None, resume: bool = False) -> RunResult:
-    """Run a task where its ``[runtime]`` says: in this process, or on Flower's simulation engine.
-
-    Args:
-        task: what to run.
-        on_event: told of every start, round and end.
-        resume: go on from the last checkpoint where there is one.
-
-    Raises:
-        FedsimError: the run cannot be made or cannot go on; what is finished stays on disk.
-    """
-    runtime = task.experiment.runtime
-    if runtime.name == "local":
-        with locked(task.path):
-            return Run(task, on_event).execute(resume)
-    settings: dict[str, bool | float | int | str] = {
-        **Settings.config(task.experiment, task.entry, task.seed),
-        STATE: str((task.path / "client-state").resolve()),
-    }
-    with locked(task.path):
-        clients = Environment.of(task.experiment, task.seed).data.num_clients
-        return simulate(
-            lambda grid, stopped: serve(task, grid, on_event, resume=resume, stopped=stopped),
-            ProgramApp(run_config=settings),
-            clients,
-            runtime.workers,
-            gpus=1 / runtime.workers if runtime.device.startswith("cuda") else 0.0,
-        )
-
-
-def serve(
-    task: Task,
-    grid: Grid,
-    on_event: OnEvent | None = None,
-    *,
-    resume: bool = False,
-    wait: float = 60.0,
-    stopped: Callable[[], bool] = lambda: False,
-) -> RunResult:
-    """Run a task on a Flower grid whose nodes are other processes.
-
-    Args:
-        task: what to run.
-        grid: Flower's grid.
-        on_event: told of every start, round and end.
-        resume: go on from the last checkpoint where there is one.
-        wait: seconds to wait until every client has a node.
-        stopped: asked while waiting; if it is true, the run is interrupted.
-
-    Raises:
-        FedsimError: the run cannot be made or cannot go on; what is finished stays on disk.
-    """
-    journal = Journal(task.path / "checkpoints", task.experiment.journal.keep)
-    if not resume:
-        journal.clear()
-    env = Environment.of(task.experiment, task.seed)
-    remote = RemoteGrid(
-        grid, env.data.num_clients, run=journal.run, digest=code.digest(), stopped=stopped
-    )
-    remote.wait(wait)
-    return Run(task, on_event, remote, env).execute(resume)
 
 
 class Run:

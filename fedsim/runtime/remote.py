@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -17,42 +16,14 @@ from fedsim.core.records import plain
 from fedsim.runtime import flower
 from fedsim.runtime.envelope import ENROL, ENVELOPE, Enrolment, Envelope
 from fedsim.runtime.grid import LocalGrid
+from fedsim.runtime.traffic import Copies, Sent, Traffic
 
 KEPT = 1000
 """Messages of earlier exchanges by which late and second replies are recognised."""
 
 
-class Copies(dict[int, tuple[ArrayRecord, ArrayRecord]]):
-    """By identity: a record that many messages share, and its plain copy."""
-
-
-@dataclass
-class Sent:
-    """A message under way.
-
-    Attributes:
-        message: as the round loop sees it.
-        node: Flower's id of the node that has it.
-    """
-
-    message: Message
-    node: int
-
-
-@dataclass
-class Traffic:
-    """The messages of one exchange.
-
-    Attributes:
-        queues: messages that wait for their node, which gets one at a time: two at once on one
-            node would overwrite each other's state.
-        open: messages under way, by Flower's message id.
-        ready: replies that are there.
-    """
-
-    queues: dict[int, deque[Message]] = field(default_factory=dict)
-    open: dict[str, Sent] = field(default_factory=dict)
-    ready: deque[Message] = field(default_factory=deque)
+LOOK = 2.0
+"""Seconds between looks at which nodes are there."""
 
 
 class RemoteGrid(Grid):
@@ -69,6 +40,8 @@ class RemoteGrid(Grid):
         run: name of the run, the same after a resume.
         digest: names the code of the server; a node with other code is refused.
         poll: seconds between looks for replies.
+        grace: seconds within which a node that went away may come back: its message is sent once
+            more, and the error reply to the first is forgotten. 0: it counts at once.
         stopped: asked while waiting; if it is true, the run is interrupted.
     """
 
@@ -82,10 +55,11 @@ class RemoteGrid(Grid):
         run: str = "0",
         digest: str = "",
         poll: float = 0.1,
+        grace: float = 0.0,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self._inner, self.num_nodes, self._run, self._digest = inner, num_clients, run, digest
-        self._poll, self._stopped = poll, stopped
+        self._poll, self._grace, self._stopped = poll, grace, stopped
         self.declared: dict[int, tuple[int, int]] = {}
         self.floor = 0
         self._place: dict[int, int] = {}
@@ -93,6 +67,8 @@ class RemoteGrid(Grid):
         self._late: dict[str, Sent] = {}
         self._answered: dict[str, Sent] = {}
         self._count, self._round, self._phase = 0, -1, 0
+        self._since: dict[int, str] = {}
+        self._looked = 0.0
 
     # -- who is there ------------------------------------------------------------------------
 
@@ -184,7 +160,7 @@ class RemoteGrid(Grid):
 
         A reply that comes after its cut-off is handed out with those of a later exchange.
         """
-        traffic, copies = Traffic(), Copies()
+        traffic = Traffic()
         for message in messages:
             self._count += 1
             flower.set_message_id(message, f"m{self._count}")
@@ -194,8 +170,9 @@ class RemoteGrid(Grid):
             else:
                 traffic.queues.setdefault(node, deque()).append(message)
         self._number(traffic)
-        self._feed(traffic, list(traffic.queues), copies)
-        return self._arrivals(traffic, timeout, copies)
+        self._look()
+        self._feed(traffic, list(traffic.queues))
+        return self._arrivals(traffic, timeout)
 
     def _number(self, traffic: Traffic) -> None:
         """Count the exchanges of a round: the same numbers come again when it is repeated."""
@@ -206,19 +183,19 @@ class RemoteGrid(Grid):
             self._round = number
             return
 
-    def _arrivals(
-        self, traffic: Traffic, timeout: float | None, copies: Copies
-    ) -> Iterator[Message]:
+    def _arrivals(self, traffic: Traffic, timeout: float | None) -> Iterator[Message]:
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             while True:
                 while traffic.ready:
                     yield traffic.ready.popleft()
-                if not traffic.open:
+                if not (traffic.open or traffic.lost):
                     return
                 if deadline is not None and time.monotonic() >= deadline:
                     return
-                self._pull(traffic, copies)
+                self._pull(traffic)
+                if self._grace and time.monotonic() > self._looked + LOOK:
+                    self._recover(traffic)
         finally:  # whoever stops taking replies leaves the rest to come late
             for number, sent in traffic.open.items():
                 self._remember(self._late, number, sent)
@@ -233,7 +210,7 @@ class RemoteGrid(Grid):
         if len(where) > KEPT:
             del where[next(iter(where))]
 
-    def _pull(self, traffic: Traffic, copies: Copies) -> None:
+    def _pull(self, traffic: Traffic) -> None:
         replies = list(self._inner.pull_messages([*traffic.open, *self._late]))
         free = []
         for reply in replies:
@@ -244,29 +221,62 @@ class RemoteGrid(Grid):
                 continue
             if sent is not None:
                 del traffic.open[number]
+                if self._grace and not sent.again and _is_gone(reply):
+                    traffic.lost[number] = sent, reply, time.monotonic() + self._grace
+                    continue
                 free.append(sent.node)
             else:
                 sent = self._late.pop(number, None) or self._answered.get(number)
             if sent is not None:
                 self._remember(self._answered, number, sent)
                 traffic.ready.append(self._presented(sent, reply))
-        self._feed(traffic, free, copies)
+        self._feed(traffic, free)
         if not replies:
             self._rest()
 
-    def _feed(self, traffic: Traffic, nodes: list[int], copies: Copies) -> None:
+    def _feed(self, traffic: Traffic, nodes: list[int]) -> None:
         """Give each of these nodes its next message."""
         batch = [(n, traffic.queues[n].popleft()) for n in nodes if traffic.queues.get(n)]
-        numbers = self._push([self._wrapped(message, node, copies) for node, message in batch])
-        again = []
-        for number, (node, message) in zip(numbers, batch, strict=True):
+        refused = self._send(traffic, [Sent(m, n, self._since.get(n, "")) for n, m in batch])
+        if refused:
+            self._feed(traffic, refused)
+
+    def _send(self, traffic: Traffic, batch: list[Sent]) -> list[int]:
+        """Send; the nodes whose message Flower did not take."""
+        numbers = self._push([self._wrapped(s.message, s.node, traffic.copies) for s in batch])
+        refused = []
+        for number, sent in zip(numbers, batch, strict=True):
             if number:
-                traffic.open[number] = Sent(message, node)
+                traffic.open[number] = sent
             else:
-                traffic.ready.append(self._gone(message, "its node is not connected"))
-                again.append(node)
-        if again:
-            self._feed(traffic, again, copies)
+                traffic.ready.append(self._gone(sent.message, "its node is not connected"))
+                refused.append(sent.node)
+        return refused
+
+    def _look(self) -> None:
+        """Find out since when each node is online."""
+        if self._grace:
+            self._since = {n.node_id: n.last_activated_at for n in self._inner.get_nodes()}
+            self._looked = time.monotonic()
+
+    def _recover(self, traffic: Traffic) -> None:
+        """Send messages again to nodes that went away with them and came back."""
+        self._look()
+        batch, free = [], []
+        for number, sent in list(traffic.open.items()):
+            if self._since.get(sent.node, sent.since) != sent.since and not sent.again:
+                self._remember(self._late, number, traffic.open.pop(number))
+                batch.append(sent)
+        for number, (sent, reply, until) in list(traffic.lost.items()):
+            if sent.node in self._since or time.monotonic() > until:
+                del traffic.lost[number]
+                if sent.node in self._since:
+                    batch.append(sent)
+                else:
+                    free.append(sent.node)
+                    traffic.ready.append(self._presented(sent, reply))
+        self._send(traffic, [Sent(s.message, s.node, self._since[s.node], True) for s in batch])
+        self._feed(traffic, free)
 
     def _push(self, messages: list[Message]) -> list[str]:
         """Flower's ids of these messages, "" where it refused one."""
@@ -347,3 +357,8 @@ class RemoteGrid(Grid):
 
     def load_states(self, states: Mapping[int, RecordDict]) -> None:
         """Nothing to do: clients have their own state."""
+
+
+def _is_gone(reply: Message) -> bool:
+    """Whether this is what Flower answers for a node that went away."""
+    return reply.has_error() and reply.error.code == flower.NODE_UNAVAILABLE

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from fedsim.core.records import materialise
@@ -84,6 +85,7 @@ class Post(Grid):
             for p, node in enumerate(numbers)
         }
         self.offline: set[int] = set()
+        self.since = dict.fromkeys(numbers, "once")
         self.fate: Callable[[int, Message], Fate] = lambda client, message: Fate()
         self.executed: list[tuple[int, str]] = []
         self._mail: list[tuple[float, Message]] = []
@@ -107,6 +109,14 @@ class Post(Grid):
         """Nodes that are connected, in no order."""
         return [n for n in self.contexts if n not in self.offline]
 
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """The same, with the time of their coming."""
+        return [
+            NodeInfo(node_id=n, last_activated_at=self.since[n])
+            for n in self.contexts
+            if n not in self.offline
+        ]
+
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Flower leaves out messages to nodes it does not know."""
         taken = []
@@ -123,7 +133,7 @@ class Post(Grid):
         node = message.metadata.dst_node_id
         envelope = Envelope.of(message)
         fate = Fate() if envelope is None else self.fate(envelope.client, message)
-        if node in self.offline:
+        if node in self.offline and not fate.error:
             fate = Fate(copies=0)
         self._busy[message.metadata.message_id] = node
         self.most_at_once = max(self.most_at_once, *Counter(self._busy.values()).values())

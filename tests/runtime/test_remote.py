@@ -258,6 +258,55 @@ def test_a_node_that_comes_back(clock: Clock) -> None:
     assert node_of(3) in list(grid.get_node_ids())
 
 
+def killed(clock: Clock, *, back_after: float, offline: bool, **options: Any) -> Any:
+    """A run in which client 3's node is killed with its message of round 2, and comes back."""
+    network = post(Row("fedavg"), clock)
+    grid = joined(network, grace=20.0)
+    node, deaths = list(network.contexts)[3], []
+
+    def fate(client: int, message: Message) -> Fate:
+        if client != 3 or deaths or round_of(message) != 2:
+            return Fate()
+        deaths.append(clock.now)
+        if offline:
+            network.offline.add(node)
+        return Fate(error=offline, delay=1.0, copies=int(offline))
+
+    sleep = clock.sleep
+
+    def turn(seconds: float) -> None:
+        sleep(seconds)
+        if deaths and clock.now > deaths[0] + back_after and network.since[node] == "once":
+            network.offline.discard(node)
+            network.since[node] = "again"
+
+    clock.sleep = turn  # type: ignore[method-assign]
+    network.fate = fate
+    return toy.run(federation(Row("fedavg"), grid, **options))
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_node_killed_in_a_round_does_its_work_when_it_is_back(
+    offline: bool, clock: Clock
+) -> None:
+    progress = killed(clock, back_after=8.0, offline=offline)
+    assert toy.sha256(progress.arrays) == local(Row("fedavg"))
+    assert clock.now < 12
+
+
+def test_a_node_that_stays_away_costs_the_grace(clock: Clock) -> None:
+    progress = killed(clock, back_after=1e9, offline=True)
+    assert reasons(progress, 2) == {3: "error_reply"}
+    assert progress.rounds[3]["sampled"] == CLIENTS - 1, "and is not asked again"
+    assert 20 < clock.now < 25
+
+
+def test_a_node_killed_in_a_round_costs_the_cut_off_at_most(clock: Clock) -> None:
+    progress = killed(clock, back_after=1e9, offline=True, cohort={"timeout": 5.0})
+    assert reasons(progress, 2) == {3: "late"}
+    assert clock.now < 6
+
+
 # ------------------------------------------------------------------------------------ enrolment
 
 

@@ -1,0 +1,88 @@
+"""Starts a run where its ``[runtime]`` says: in this process, or on one of Flower's grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flwr.serverapp import Grid
+
+from fedsim.app_config import STATE, Settings
+from fedsim.client_app import ProgramApp
+from fedsim.journal import Journal, locked
+from fedsim.runner import OnEvent, Run, RunResult, Task
+from fedsim.runtime import code
+from fedsim.runtime.remote import RemoteGrid
+from fedsim.runtime.simulation import simulate
+from fedsim.runtime.work import Environment
+
+
+def start(task: Task, on_event: OnEvent | None = None, resume: bool = False) -> RunResult:
+    """Run a task where its ``[runtime]`` says: in this process, or on Flower's simulation engine.
+
+    Args:
+        task: what to run.
+        on_event: told of every start, round and end.
+        resume: go on from the last checkpoint where there is one.
+
+    Raises:
+        FedsimError: the run cannot be made or cannot go on; what is finished stays on disk.
+    """
+    runtime = task.experiment.runtime
+    if runtime.name == "local":
+        with locked(task.path):
+            return Run(task, on_event).execute(resume)
+    settings: dict[str, bool | float | int | str] = {
+        **Settings.config(task.experiment, task.entry, task.seed),
+        STATE: str((task.path / "client-state").resolve()),
+    }
+    with locked(task.path):
+        clients = Environment.of(task.experiment, task.seed).data.num_clients
+        return simulate(
+            lambda grid, stopped: serve(
+                task, grid, on_event, resume=resume, grace=0.0, stopped=stopped
+            ),
+            ProgramApp(run_config=settings),
+            clients,
+            runtime.workers,
+            gpus=1 / runtime.workers if runtime.device.startswith("cuda") else 0.0,
+        )
+
+
+def serve(
+    task: Task,
+    grid: Grid,
+    on_event: OnEvent | None = None,
+    *,
+    resume: bool = False,
+    wait: float = 60.0,
+    grace: float = 20.0,
+    stopped: Callable[[], bool] = lambda: False,
+) -> RunResult:
+    """Run a task on a Flower grid whose nodes are other processes.
+
+    Args:
+        task: what to run.
+        grid: Flower's grid.
+        on_event: told of every start, round and end.
+        resume: go on from the last checkpoint where there is one.
+        wait: seconds to wait until every client has a node.
+        grace: seconds within which a node that went away may come back with its message.
+        stopped: asked while waiting; if it is true, the run is interrupted.
+
+    Raises:
+        FedsimError: the run cannot be made or cannot go on; what is finished stays on disk.
+    """
+    journal = Journal(task.path / "checkpoints", task.experiment.journal.keep)
+    if not resume:
+        journal.clear()
+    env = Environment.of(task.experiment, task.seed)
+    remote = RemoteGrid(
+        grid,
+        env.data.num_clients,
+        run=journal.run,
+        digest=code.digest(),
+        grace=grace,
+        stopped=stopped,
+    )
+    remote.wait(wait)
+    return Run(task, on_event, remote, env).execute(resume)
