@@ -66,11 +66,11 @@ class IFCA(ClusteredStrategy):
         return self.heads[0]
 
     def client_arrays(self) -> dict[str, ArrayRecord]:
-        """The other models."""
+        """The other models, once there are any."""
         size = self._trainable.size
         return {
             f"model{j}": FlatRecord(self._trainable, self.heads[j].flat[:size])
-            for j in range(1, self.k)
+            for j in range(1, self.k if self.heads else 1)
         }
 
     def expected(self, sent: RecordDict) -> Mapping[str, ArrayRecord]:

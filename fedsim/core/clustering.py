@@ -60,7 +60,7 @@ class Rule:
     cut: Cut = "gap"
     t: float = 1.5
     k: int = 2
-    gap: float = 1.5
+    gap: float = 1.3
     min_size: int = 1
 
     def __post_init__(self) -> None:
@@ -342,6 +342,8 @@ def silhouettes(pairs: Floats, tree: Floats) -> dict[int, float]:
     square, found = squareform(pairs), {}
     for k in range(2, min(CANDIDATES, n - 1) + 1):
         labels = canonical(fcluster(tree, k, "maxclust"))
+        if not labels.any():  # all points coincide
+            continue
         one = np.eye(labels.max() + 1)[labels]
         sizes, sums = one.sum(0), square @ one
         own = sums[np.arange(n), labels] / np.maximum(sizes[labels] - 1, 1)

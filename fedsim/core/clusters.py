@@ -10,10 +10,11 @@ from flwr.serverapp import Grid
 
 from fedsim.core.averaging import Mean, MetricMean, examples_of, metrics_of
 from fedsim.core.records import FlatRecord, as_flat, from_record
-from fedsim.core.strategy import Aggregate, Served, Strategy
+from fedsim.core.strategy import Aggregate, Served
+from fedsim.core.unaided import Unaided
 
 
-class ClusteredStrategy(Strategy):
+class ClusteredStrategy(Unaided):
     """One model for each cluster of clients, each the mean of its own members' replies.
 
     Until there are clusters it is FedAvg. A reply only ever enters the model of its sender's
@@ -47,8 +48,8 @@ class ClusteredStrategy(Strategy):
 
     def start_arrays(self, arrays: ArrayRecord) -> ArrayRecord:
         """The initial model, for everybody."""
-        self.archive = arrays
-        return arrays
+        self.archive = as_flat(arrays, self.setting.info.layout)
+        return self.archive
 
     def cluster_of(self, node: int) -> int | None:
         """The node's cluster, or None."""
@@ -91,6 +92,8 @@ class ClusteredStrategy(Strategy):
         means: dict[int | None, Mean] = {}
         metrics, seen = MetricMean(), dict[int, float]()
         for reply in replies:
+            if reply.has_error():
+                continue
             node, record = reply.metadata.src_node_id, reply.content.array_records["arrays"]
             examples = examples_of(reply.content)
             weight = examples if self.weighted else 1.0

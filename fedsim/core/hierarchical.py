@@ -73,7 +73,7 @@ class HierarchicalStrategy(ClusteredStrategy):
         cut: Cut = "gap",
         t: float = 1.5,
         k: int = 2,
-        gap: float = 1.5,
+        gap: float = 1.3,
         min_size: int = 1,
         init: Init = "members",
         clients_per_cluster: int = 0,

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedsim.core.model import ModelInfo
 from fedsim.core.program import LocalProgram, LocalState, norm
 from fedsim.core.records import FlatRecord, as_flat, from_record
+from fedsim.core.unaided import Unaided
 
 PERSONAL = "personal"
 """Name of the model that a client keeps."""
@@ -56,7 +57,7 @@ class Own(LocalProgram):
         s.w = own(s) if self.share == 1.0 else self.share * own(s) + (1 - self.share) * s.start
 
 
-class Shared:
+class Shared(Unaided):
     """The part of a model that leaves the clients: mix it into a strategy, before its base.
 
     The server never holds the private entries, so nothing can be judged centrally.
@@ -87,7 +88,7 @@ class Shared:
         self, server_round: int, arrays: ArrayRecord, config: Any, grid: Any
     ) -> Sequence[Any]:
         """As the base does, with the shared entries."""
-        found: Sequence[Any] = super().configure_train(  # type: ignore[misc]
+        found: Sequence[Any] = super().configure_train(
             server_round, self.shared(arrays), config, grid
         )
         return found

@@ -70,6 +70,8 @@ ULP = 1e-6
 """What float32 sums of seven numbers may differ by."""
 
 ZEROTH: dict[str, Any] = {"pool": 32, "steps": 6, "lr": 0.02, "eps": 1e-3}
+TWO = {"warmup_rounds": 1, "cut": "k", "k": 2}
+"""Two clusters from the second round on."""
 
 ROWS = [
     Row("fedavg"),
@@ -100,6 +102,24 @@ ROWS = [
     Row("multikrum", {"num_malicious_nodes": 1, "num_nodes_to_select": 3}, rounding=ULP),
     Row("multikrum", {"num_nodes_to_select": 3}, model="bn", rounding=ULP),
     Row("bulyan", {"num_malicious_nodes": 1}, rounding=ULP, fewest=7),
+    Row("fedap", {**TWO, "inner": "fedavg", "personal_epochs": 1}, rounding=ULP),
+    Row("fedap", {**TWO, "weighted": False}, model="bn", optimises=True),
+    Row("fedap", {**TWO, "weighted": False, "inner": "fomaml"}, model="mlp", optimises=True),
+    Row("fedap_official", {**TWO, "weighted": False}, model="bn", optimises=True),
+    Row("flhc", {**TWO, "init": "members"}, rounding=ULP),
+    Row("fedclust", {"cut": "k", "k": 2}, model="bn", rounding=ULP),
+    Row("pacfl", {"cut": "k", "k": 2}, model="mlp", rounding=ULP),
+    Row("ifca", {"k": 2}, rounding=ULP),
+    Row("cfl", {"patience": 0, "eps1": 99, "eps2": 0}, rounding=ULP),
+    Row("ditto"),
+    Row("ditto", {"lam": 0.1}, model="bn"),
+    Row("apfl"),
+    Row("pfedme", {"lam": 5}),
+    Row("perfedavg"),
+    Row("perfedavg", {"order": "hessian_free"}, model="mlp"),
+    Row("fedper", model="mlp"),
+    Row("fedrep", model="mlp"),
+    Row("fedbn", model="bn"),
 ]
 
 
@@ -171,6 +191,17 @@ PAIRS = [
     Pair(Row("multikrum", {"num_nodes_to_select": 7}), Row("fedavg"), tolerance=ULP),
     Pair(Row("multikrum", {"num_nodes_to_select": 1}), Row("krum")),
     Pair(Row("bulyan"), UNIFORM, tolerance=ULP),
+    Pair(Row("fedap", {"warmup_rounds": 3}), Row("fedavg")),
+    Pair(Row("fedap", {"warmup_rounds": 0, "signature_epochs": 1, "cut": "k", "k": 1,
+                       "meta_step": 1, "meta_step_end": 1}), Row("fedavg")),
+    Pair(Row("flhc", {"warmup_rounds": 2, "cut": "k", "k": 7}), Row("fedavg"), rounds=2),
+    Pair(Row("ifca", {"k": 1, "weighted": True}), Row("fedavg")),
+    Pair(Row("cfl", {"eps1": 0, "patience": 0}), UNIFORM),
+    Pair(Row("ditto", {"lam": 0}), Row("fedavg")),
+    Pair(Row("ditto", {"lam": 2}), Row("fedavg")),
+    Pair(Row("apfl", {"alpha": 0}), Row("fedavg")),
+    Pair(Row("perfedavg", {"alpha": 0}), UNIFORM),
+    Pair(Row("fedbn", model="mlp"), Row("fedavg", model="mlp")),
 ]  # fmt: skip
 
 
