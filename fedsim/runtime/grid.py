@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from threading import Lock
@@ -13,6 +14,7 @@ from flwr.serverapp import Grid
 
 from fedsim.core.bulk import Broadcast, Replies
 from fedsim.core.nodes import client_at, node_of
+from fedsim.core.records import FlatRecord
 from fedsim.runtime import flower
 from fedsim.runtime.request import explain
 from fedsim.runtime.work import PARTITION
@@ -162,8 +164,10 @@ class LocalGrid(Grid):
         node = message.metadata.dst_node_id
         if not 1 <= node <= self.num_nodes:
             return self.failure(message, flower.NODE_UNAVAILABLE, f"there is no node {node}")
+        own = copy.copy(message)
+        own.content = private(message.content)
         try:
-            return self._app(message, self.context(node))
+            return self._app(own, self.context(node))
         except Exception as error:
             if self._debug:
                 raise
@@ -173,6 +177,23 @@ class LocalGrid(Grid):
     def failure(message: Message, code: int, reason: str) -> Message:
         """An error reply."""
         return Message(Error(code, reason), reply_to=message)
+
+
+def private(content: RecordDict) -> RecordDict:
+    """A copy for one node: arrays are shared, the records around them are not.
+
+    Strategies put one content into all messages, and clients may change what they are sent.
+    """
+    copies = RecordDict()
+    for name, record in content.items():
+        if isinstance(record, FlatRecord):  # read-only
+            copies[name] = record
+            continue
+        own: Any = type(record)()
+        for key, value in record.items():
+            own[key] = list(value) if isinstance(value, list) else value
+        copies[name] = own
+    return copies
 
 
 class View(Grid):
