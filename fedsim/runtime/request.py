@@ -204,5 +204,5 @@ def explain(client: int, content: RecordDict, message_type: str, error: BaseExce
     where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     return (
         f"client {client}, round {config.get('server-round', '?')!s}, {message_type}: "
-        f"{type(error).__name__}: {error}{where}"
+        f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
     )
