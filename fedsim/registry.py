@@ -99,7 +99,7 @@ GIVEN = {
 }
 """Parameters that the framework gives a component, so that an experiment cannot."""
 NEEDY = frozenset(
-    {"huggingface", "npz", "plays"}
+    {"huggingface", "npz", "plays", "natural_instructions", "dolly", "alpaca", "hf_causal_lm"}
     | {"dirichlet", "inner_dirichlet", "size", "grouped_natural", "vertical_size"}
 )
 """Built-in components that cannot be made without parameters."""

@@ -9,6 +9,10 @@ DATASETS = {
     "npz": "fedsim.data.datasets:npz",
     "pydoc": "fedsim.data.text:pydoc",
     "plays": "fedsim.data.text:plays",
+    "instruction_tasks": "fedsim.data.instructions:instruction_tasks",
+    "natural_instructions": "fedsim.data.instructions:natural_instructions",
+    "dolly": "fedsim.data.instructions:dolly",
+    "alpaca": "fedsim.data.instructions:alpaca",
     "huggingface": "fedsim.data.hub:huggingface",
 }
 

@@ -8,4 +8,5 @@ MODELS = {
     "cnn": "fedsim.models.vision:cnn",
     "char_lstm": "fedsim.models.text:char_lstm",
     "char_gpt": "fedsim.models.text:char_gpt",
+    "hf_causal_lm": "fedsim.models.language:hf_causal_lm",
 }

@@ -1,0 +1,345 @@
+"""Instructions and answers for language models: loaders, prompts, and tokens with their targets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from fedsim.core.errors import DataError
+from fedsim.core.rng import SERVER, stream
+from fedsim.data.raw import IGNORE, UNKNOWN, RawData
+from fedsim.data.tasks import TASKS
+
+END = "\x03"
+"""The character that ends an answer where tokens are characters."""
+TEMPLATES = {
+    "alpaca": (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:",
+    ),
+    "plain": ("{instruction}\n{input}\n= ", "{instruction}\n= "),
+}
+"""Prompts with and without an input."""
+
+
+class Sample(NamedTuple):
+    """One instruction with its answer.
+
+    Attributes:
+        client: its natural client: the task, or the category.
+        instruction: what to do.
+        input: what to do it with; may be empty.
+        answer: the reference answer.
+        test: whether it is held out.
+    """
+
+    client: str
+    instruction: str
+    input: str
+    answer: str
+    test: bool = False
+
+    def prompt(self, template: str = "alpaca") -> str:
+        """The prompt; a missing input is an empty input."""
+        if template not in TEMPLATES:
+            raise DataError(
+                f"data.dataset.template = {template!r} must be one of: {', '.join(TEMPLATES)}"
+            )
+        full, short = TEMPLATES[template]
+        return (full if self.input else short).format(
+            instruction=self.instruction, input=self.input
+        )
+
+
+class Tokenizer(Protocol):
+    """What turns text into tokens."""
+
+    size: int
+    end: int
+
+    def encode(self, text: str) -> list[int]:
+        """Token numbers of a text."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token numbers."""
+        ...
+
+
+class Characters:
+    """Tokens that are characters; number 0 is padding and whatever is not in the vocabulary."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.vocabulary = UNKNOWN + "".join(sorted({END, *(c for t in texts for c in t)}))
+        self._number = {c: i for i, c in enumerate(self.vocabulary)}
+        self.size, self.end = len(self.vocabulary), self._number[END]
+
+    def encode(self, text: str) -> list[int]:
+        """Token numbers of a text."""
+        return [self._number.get(c, 0) for c in text]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token numbers."""
+        return "".join(self.vocabulary[t] for t in tokens)
+
+
+class Pretrained:
+    """The tokenizer of a Hugging Face model: an id, a folder, or a GGUF file."""
+
+    def __init__(self, name: str) -> None:
+        try:
+            import transformers
+        except ImportError:
+            raise DataError(
+                f"data.dataset.tokenizer = {name!r} needs the Python package transformers: "
+                "pip install 'fedsim-flower[llm]'"
+            ) from None
+        path = Path(name).expanduser()
+        gguf = path.suffix == ".gguf"
+        where, more = (path.parent, {"gguf_file": path.name}) if gguf else (name, {})
+        try:
+            self.inner: Any = transformers.AutoTokenizer.from_pretrained(str(where), **more)
+        except (OSError, ValueError) as error:
+            line = str(error).splitlines()[0]
+            raise DataError(f"data.dataset.tokenizer = {name!r} cannot be loaded: {line}") from None
+        self.size, self.end = len(self.inner), int(self.inner.eos_token_id or 0)
+
+    def encode(self, text: str) -> list[int]:
+        """Token numbers of a text."""
+        return list(self.inner.encode(text, add_special_tokens=False))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token numbers."""
+        return str(self.inner.decode(tokens, skip_special_tokens=True))
+
+
+def tokenizer_of(name: str, texts: Iterable[str]) -> Tokenizer:
+    """``"characters"``, or the tokenizer of a Hugging Face model."""
+    return Characters(texts) if name == "characters" else Pretrained(name)
+
+
+def encode(
+    name: str, samples: Sequence[Sample], tokenizer: str, length: int, template: str
+) -> RawData:
+    """Samples as next-token examples whose prompt does not count.
+
+    Args:
+        name: of the dataset.
+        samples: in order.
+        tokenizer: see `tokenizer_of`.
+        length: tokens of an example; longer ones are cut. Samples of which no token of the answer
+            is left are dropped, and counted in ``meta["dropped"]``.
+        template: of the prompts.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    prompts = [s.prompt(template) for s in samples]
+    tokens = tokenizer_of(tokenizer, [*prompts, *(s.answer for s in samples)])
+    kept: list[int] = []
+    xs, ys = [], []
+    for i, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
+        start, answer = tokens.encode(prompt), tokens.encode(sample.answer)
+        ids = [*start, *answer, tokens.end][: length + 1]
+        if not answer or len(ids) <= len(start) or not start:
+            continue
+        x, y = np.full(length, tokens.end, np.int64), np.full(length, IGNORE, np.int64)
+        x[: len(ids) - 1] = ids[:-1]
+        y[len(start) - 1 : len(ids) - 1] = ids[len(start) :]
+        kept.append(i)
+        xs.append(x)
+        ys.append(y)
+    if not kept:
+        raise DataError(f"dataset {name}: no sample has an answer within {length} tokens")
+    test = np.flatnonzero([samples[i].test for i in kept])
+    groups, group = np.unique([samples[i].client for i in kept], return_inverse=True)
+    names = np.setdiff1d(groups, np.array([s.client for s in samples if s.test]))
+    owners = np.searchsorted(names, groups[group]) % max(1, len(names))  # of a test example: any
+    meta: dict[str, object] = {
+        "end": tokens.end,
+        "dropped": len(samples) - len(kept),
+        "tokenizer": tokenizer,
+    }
+    if isinstance(tokens, Characters):
+        meta["vocab"] = tokens.vocabulary
+    return RawData(
+        name,
+        {"x": np.stack(xs), "y": np.stack(ys), "group": group.astype(np.int64)},
+        "next_token",
+        tokens.size,
+        clients=owners.astype(np.int64),
+        client_names=tuple(map(str, names)),
+        test=test if len(test) else None,
+        meta=meta,
+    )
+
+
+def instruction_tasks(
+    seed: int,
+    tasks: int = 51,
+    examples: int = 60,
+    heldout_tasks: int = 10,
+    tokenizer: str = "characters",
+    length: int = 96,
+    template: str = "plain",
+) -> RawData:
+    """Instruction tasks made by rule, in the shape of Natural Instructions (no download).
+
+    One task is one client. The last tasks in a seeded order are the central test set, so that the
+    test asks for tasks nobody was trained on.
+
+    Args:
+        seed: of the order of tasks and of the instances.
+        tasks: how many of the 51.
+        examples: instances of each.
+        heldout_tasks: how many are held out for the test.
+        tokenizer: ``"characters"``, or a Hugging Face model (id, folder or GGUF file).
+        length: tokens of an example.
+        template: ``"alpaca"`` or ``"plain"``.
+    """
+    if not 2 <= tasks <= len(TASKS) or not 0 <= heldout_tasks < tasks or examples < 1:
+        raise DataError(
+            f"data.dataset: tasks = {tasks}, heldout_tasks = {heldout_tasks}, "
+            f"examples = {examples} must be 2 to {len(TASKS)} tasks, fewer held out than there "
+            "are, and an example"
+        )
+    order = stream(seed, 0, SERVER, "tasks").permutation(len(TASKS))[:tasks]
+    samples = []
+    for place, number in enumerate(order.tolist()):
+        name = list(TASKS)[number]
+        draw = stream(seed, 0, number, "instances")
+        for _ in range(examples):
+            given, answer = TASKS[name].draw(draw)
+            test = place >= tasks - heldout_tasks
+            samples.append(Sample(name, TASKS[name].definition, given, answer, test))
+    return encode("instruction_tasks", samples, tokenizer, length, template)
+
+
+def natural_instructions(
+    path: str,
+    tokenizer: str = "characters",
+    length: int = 1024,
+    template: str = "alpaca",
+    most_characters: int = 1024,
+    least: int = 20,
+    share: float = 0.2,
+    test_share: float = 0.02,
+) -> RawData:
+    """Natural Instructions v2 from its folder: ``tasks/*.json``, ``splits/default/*.txt``.
+
+    As FedKSeed takes it: a train task is a client; instances with inputs of `most_characters` or
+    more are left out, tasks with fewer than `least` left too; the first `share` of a train task's
+    instances is used, and of a test task's ``max(least, test_share)``; first output only. The test
+    tasks are the central test set. (The paper samples; the first ones are taken here.)
+
+    Args:
+        path: the folder of the repository.
+        tokenizer: ``"characters"``, or a Hugging Face model (id, folder or GGUF file).
+        length: tokens of an example.
+        template: ``"alpaca"`` or ``"plain"``.
+        most_characters: limit of an input.
+        least: instances of a task, at least.
+        share: of a train task's instances.
+        test_share: of a test task's instances.
+    """
+    root = Path(path).expanduser()
+    samples: list[Sample] = []
+    for split, test in (("train", False), ("test", True)):
+        file = root / "splits" / "default" / f"{split}_tasks.txt"
+        for task in _read(file).split():
+            content = _json(root / "tasks" / f"{task}.json")
+            definition = content["Definition"]
+            definition = definition if isinstance(definition, str) else definition[0]
+            good = [i for i in content["Instances"] if len(i["input"]) < most_characters]
+            if len(good) < least:
+                continue
+            count = max(least, int(test_share * len(good))) if test else int(share * len(good))
+            for instance in good[: max(count, 1)]:
+                output = instance["output"]
+                answer = output if isinstance(output, str) else output[0]
+                samples.append(Sample(task, definition, instance["input"], answer, test))
+    return encode("natural_instructions", samples, tokenizer, length, template)
+
+
+def dolly(
+    path: str,
+    tokenizer: str = "characters",
+    length: int = 1024,
+    template: str = "alpaca",
+    heldout: str = "summarization",
+) -> RawData:
+    """Databricks Dolly 15k, JSON lines; one category is the central test set.
+
+    Field ``group`` is the category, to be dealt by (``partition = {name = "dirichlet", ...}``).
+
+    Args:
+        path: the ``.jsonl`` file.
+        tokenizer: ``"characters"``, or a Hugging Face model (id, folder or GGUF file).
+        length: tokens of an example.
+        template: ``"alpaca"`` or ``"plain"``.
+        heldout: the category that is held out.
+    """
+    samples = [
+        Sample(r["category"], r["instruction"], r.get("context") or "", r["response"],
+               r["category"] == heldout)
+        for r in _rows(Path(path).expanduser(), ("category", "instruction", "response"))
+    ]  # fmt: skip
+    return encode("dolly", samples, tokenizer, length, template)
+
+
+def alpaca(
+    path: str, tokenizer: str = "characters", length: int = 512, template: str = "alpaca"
+) -> RawData:
+    """Data in the shape of Stanford Alpaca: instruction, input, output; JSON or JSON lines.
+
+    Args:
+        path: the ``.json`` or ``.jsonl`` file.
+        tokenizer: ``"characters"``, or a Hugging Face model (id, folder or GGUF file).
+        length: tokens of an example.
+        template: ``"alpaca"`` or ``"plain"``.
+    """
+    rows = _rows(Path(path).expanduser(), ("instruction", "output"))
+    samples = [Sample("", r["instruction"], r.get("input") or "", r["output"]) for r in rows]
+    raw = encode("alpaca", samples, tokenizer, length, template)
+    fields = {n: a for n, a in raw.fields.items() if n != "group"}
+    return RawData(raw.name, fields, raw.criterion, raw.num_outputs, meta=raw.meta)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def _json(path: Path) -> Any:
+    try:
+        content = json.loads(_read(path))
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON: {error}") from None
+    if not isinstance(content, dict) or not {"Definition", "Instances"} <= set(content):
+        raise DataError(f"{path} is no task of Natural Instructions: no Definition, Instances")
+    return content
+
+
+def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON list or of JSON lines."""
+    text = _read(path)
+    try:
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise DataError(f"{path} is neither JSON nor JSON lines: {error}") from None
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not all(isinstance(row.get(n), str) for n in needed):
+            raise DataError(f"{path}: entry {number} lacks one of {', '.join(needed)}")
+        yield row

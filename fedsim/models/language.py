@@ -1,0 +1,121 @@
+"""Hugging Face causal language models, whole or with adapters, as modules from tokens to scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.core.errors import ConfigError, require
+from fedsim.core.text import tame
+from fedsim.data.federated import FederatedData
+
+PEFT = ("lora", "prompt", "p_tuning")
+
+
+class CausalLM(nn.Module):
+    """A causal language model that takes tokens and gives scores.
+
+    Args:
+        inner: a Hugging Face model.
+        vocabulary: scores to give; the model may have more, for alignment.
+    """
+
+    def __init__(self, inner: nn.Module, vocabulary: int) -> None:
+        super().__init__()
+        self.inner, self.vocabulary = inner, vocabulary
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Scores of the next token; [B, T] -> [B, T, vocabulary]."""
+        out: Any = self.inner(input_ids=tokens, use_cache=False)
+        scores: Tensor = out.logits[:, -tokens.shape[1] :, : self.vocabulary]
+        return scores
+
+
+def hf_causal_lm(
+    data: FederatedData,
+    name: str,
+    gguf_file: str | None = None,
+    dtype: str = "float32",
+    peft: str | None = None,
+    rank: int = 8,
+    alpha: int = 16,
+    tokens: int = 20,
+    targets: list[str] | None = None,
+) -> CausalLM:
+    """A pretrained causal LM: a Hugging Face id or folder, or a GGUF file, optionally with peft.
+
+    With `peft` the base is frozen and only the adapters are trained and travel: ``"lora"`` with
+    FedAvg is FedIT, ``"prompt"`` FedPrompt, ``"p_tuning"`` FedPTuning.
+
+    Args:
+        data: gives the vocabulary; its tokenizer must be the model's.
+        name: id of the hub, folder, or path of a ``.gguf`` file.
+        gguf_file: name of the GGUF file in that repository or folder.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        peft: None for the whole model.
+        rank: of LoRA.
+        alpha: of LoRA.
+        tokens: virtual tokens of prompt and p-tuning.
+        targets: modules that LoRA adapts; None: peft's default for the model.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or does not fit the data.
+    """
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    require(dtype in dtypes, "model.dtype", dtype, " or ".join(dtypes))
+    require(peft is None or peft in PEFT, "model.peft", peft, f"one of {', '.join(PEFT)}")
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(
+            "model = 'hf_causal_lm' needs the Python package transformers: "
+            "pip install 'fedsim-flower[llm]'"
+        ) from None
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        name, gguf_file = str(path.parent), path.name
+    more = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        inner: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            str(Path(name).expanduser()) if path.exists() else name,
+            dtype=dtypes[dtype],
+            attn_implementation="eager",
+            **more,
+        )
+    except Exception as error:  # the library raises whatever its readers and network layers raise
+        raise ConfigError(f"model.name = {name!r} cannot be loaded: {tame(str(error))}") from None
+    width = int(inner.config.vocab_size)
+    if width < data.num_outputs:
+        raise ConfigError(
+            f"model.name = {name!r} knows {width} tokens; dataset {data.name} has "
+            f"{data.num_outputs}: give data.dataset.tokenizer the same model"
+        )
+    if peft is not None:
+        inner = _adapted(inner, peft, rank, alpha, tokens, targets)
+    return CausalLM(inner, data.num_outputs)
+
+
+def _adapted(
+    inner: Any, kind: str, rank: int, alpha: int, tokens: int, targets: list[str] | None
+) -> nn.Module:
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError(
+            "model.peft needs the Python package peft: pip install 'fedsim-flower[llm]'"
+        ) from None
+    task = peft.TaskType.CAUSAL_LM
+    config: Any
+    if kind == "lora":
+        config = peft.LoraConfig(
+            task_type=task, r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets
+        )
+    elif kind == "prompt":
+        config = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=tokens)
+    else:
+        config = peft.PromptEncoderConfig(task_type=task, num_virtual_tokens=tokens)
+    adapted: nn.Module = peft.get_peft_model(inner, config)
+    return adapted
