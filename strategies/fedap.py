@@ -103,10 +103,11 @@ class FedAP(HierarchicalStrategy):
 
     def step_size(self, server_round: int) -> float:
         """The annealed meta step of a round."""
-        first = self.warmup_rounds + 2
-        done, whole = server_round - first, max(self.setting.rounds - first + 1, 1)
         if self.schedule == "official":
             done, whole = server_round - 1, STAGE_TWO
+        else:
+            first = self.warmup_rounds + 2
+            done, whole = server_round - first, max(self.setting.rounds - first + 1, 1)
         share = done / whole
         return (1 - share) * self.meta_step + share * self.meta_step_end
 
