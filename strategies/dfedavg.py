@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from fedsim.core import rng, topology
 from fedsim.core.averaging import MetricMean, examples_of, metrics_of
 from fedsim.core.errors import ConfigError
-from fedsim.core.nodes import client_at, node_of
+from fedsim.core.nodes import node_of
 from fedsim.core.records import FlatRecord, as_flat, count_bytes
 from fedsim.core.strategy import Aggregate, Served, Strategy
 
@@ -35,7 +35,8 @@ class DFedAvg(Strategy):
     model, before and after mixing), `spectral_gap`, and `peer_bytes`, what the nodes would have
     sent to each other; `bytes_up` and `bytes_down` are the simulation's own traffic. `loss` and
     `accuracy` are means over the nodes' models, `averaged_loss` and `averaged_accuracy` those of
-    the averaged model, which gossip leaves unchanged.
+    the averaged model, which gossip leaves unchanged. Integer buffers (BatchNorm's counters) take
+    the maximum over the nodes.
 
     Args:
         topology: ``"ring"``, ``"grid"``, ``"torus"``, ``"exponential"``, ``"full"``, ``"random"``
@@ -66,35 +67,42 @@ class DFedAvg(Strategy):
             raise ConfigError("edges must be pairs of client numbers, such as [[0, 1], [1, 2]]")
         self.topology, self.gossip_steps, self.degree = topology, gossip_steps, degree
         self.edges = edges
+        self.ids: list[int] = []
         self.nodes = torch.empty(0, 0)
 
     def start_arrays(self, arrays: ArrayRecord) -> ArrayRecord:
         """Every node starts from the same model."""
-        self.nodes = as_flat(arrays).flat.repeat(self.setting.num_clients, 1)
+        self._begin(arrays, [node_of(c) for c in range(self.setting.num_clients)])
         return arrays
+
+    def _begin(self, arrays: ArrayRecord, ids: list[int]) -> None:
+        self.ids, self.nodes = ids, as_flat(arrays).flat.repeat(len(ids), 1)
 
     def model_of(self, node: int, like: ArrayRecord) -> FlatRecord:
         """The present model of a node, a record of the same layout as `like`."""
-        return as_flat(like).with_flat(self.nodes[client_at(node)])
+        return as_flat(like).with_flat(self.nodes[self.ids.index(node)])
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Send every node its own model."""
-        self.arrays = arrays
+        nodes = sorted(grid.get_node_ids())
+        if not self.ids:  # Flower runs us by itself, and shows all nodes
+            self._begin(arrays, nodes)
+        self.arrays, self.seed = arrays, int(cast(int, config.get("seed", 0)))
         told = {**config, "server-round": server_round}
         return [
             self.message("train", {"arrays": self.model_of(node, arrays)}, told, node)
-            for node in sorted(grid.get_node_ids())
+            for node in nodes
         ]
 
     def weights(self, server_round: int, active: Iterable[int]) -> topology.Weights:
-        """The round's gossip matrix, shape [m, m], when only some clients are active."""
-        m, active = self.setting.num_clients, list(active)
+        """The round's gossip matrix, shape [m, m], when only some nodes (by row) are active."""
+        m, active = len(self.ids), list(active)
         if self.edges is not None:
             graph = topology.from_edges(m, [(i, j) for i, j in self.edges])
         elif self.topology == "random":
-            stream = rng.stream(self.setting.seed, server_round, rng.SERVER, "topology")
+            stream = rng.stream(self.seed, server_round, rng.SERVER, "topology")
             graph = topology.random(m, self.degree, stream)
         elif self.topology == "directed_exponential":
             if len(active) == m:
@@ -108,20 +116,23 @@ class DFedAvg(Strategy):
         """Mix the nodes' models; the averaged model is what the round loop holds."""
         like = as_flat(self.arrays)
         trained, metrics, active = self.nodes.clone(), MetricMean(), []
+        beside = dict(like.beside)
         for reply in replies:
             if reply.has_error():
                 continue
-            client = client_at(reply.metadata.src_node_id)
-            trained[client] = as_flat(reply.content.array_records["arrays"], like.layout).flat
+            row = self.ids.index(reply.metadata.src_node_id)
+            record = as_flat(reply.content.array_records["arrays"], like.layout)
+            trained[row] = record.flat
+            beside |= {n: torch.maximum(beside[n], t) for n, t in record.beside.items()}
             metrics.add(metrics_of(reply.content), examples_of(reply.content))
-            active.append(client)
+            active.append(row)
         if not active:
             return None, None
         weights = self.weights(server_round, active)
         self.nodes = mix(trained, weights, self.gossip_steps)
         average = self.nodes.double().mean(0).to(self.nodes.dtype)
         links = int((weights > 0).sum()) - len(weights)
-        model = like.with_flat(average)
+        model = like.with_flat(average, beside)
         figures = {
             "consensus_before": consensus(trained),
             "consensus": consensus(self.nodes),
@@ -132,21 +143,23 @@ class DFedAvg(Strategy):
 
     def models(self, arrays: ArrayRecord) -> dict[str, Served]:
         """One model a node, for that node."""
-        m = self.setting.num_clients
-        nodes = {f"client-{c:0{len(str(m - 1))}d}": node_of(c) for c in range(m)}
-        return {name: Served(self.model_of(n, arrays), [n]) for name, n in nodes.items()}
+        width = len(str(len(self.ids) - 1))
+        return {
+            f"client-{row:0{width}d}": Served(self.model_of(node, arrays), [node])
+            for row, node in enumerate(self.ids)
+        }
 
     def also_evaluated(self, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
         """The averaged model."""
         return {"averaged": arrays}
 
     def state_dict(self) -> dict[str, Any]:
-        """The nodes' models."""
-        return {"nodes": self.nodes}
+        """The nodes' models, and which row is whose."""
+        return {"ids": self.ids, "nodes": self.nodes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
-        self.nodes = state["nodes"]
+        self.ids, self.nodes = list(state["ids"]), state["nodes"]
 
 
 class DFedAvgM(DFedAvg):
