@@ -67,12 +67,12 @@ class Device:
             ) from None
 
     def arguments(self, folder: Path) -> list[str]:
-        """The command line of its SuperNode."""
+        """The command line of its SuperNode; ``FEDSIM_SUPERNODE`` names another program."""
         config = f'partition-id={self.partition} state-dir="{folder / "state"}"'
         if self.partitions:
             config += f" num-partitions={self.partitions}"
         return [
-            command("flower-supernode"),
+            os.environ.get("FEDSIM_SUPERNODE") or command("flower-supernode"),
             *("--superlink", self.superlink),
             *("--root-certificates", self.authority),
             *("--auth-supernode-private-key", str(folder / "key")),
