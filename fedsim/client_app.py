@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from fedsim.core.bulk import Broadcast
 from fedsim.core.errors import RunError
 from fedsim.core.records import materialise
 from fedsim.runtime import code, flower, resident
-from fedsim.runtime.answers import CohortReplies
+from fedsim.runtime.answers import CohortReplies, contents
 from fedsim.runtime.engine import Engine
 from fedsim.runtime.envelope import ENROL, Enrolment, Envelope
 from fedsim.runtime.grid import describe
@@ -133,7 +133,15 @@ class ProgramApp(ClientApp):
         if self._given.programs[action].resident:
             return None
         said = Request(broadcast.content, broadcast.message_type, context_of, self._given)
-        return CohortReplies(broadcast, said, self.engine)
+        return CohortReplies(said, broadcast.nodes, self.engine, broadcast.message_to)
+
+    def contents(
+        self, messages: Sequence[Message], context_of: Callable[[int], Context]
+    ) -> Iterator[RecordDict | str | None]:
+        """What each message's client says, or what went wrong; None: answer it by itself."""
+        if self.engine is None or self._given is None:
+            return iter([None] * len(messages))
+        return contents(messages, context_of, self._given, self.engine)
 
     def _enrol(self, message: Message, context: Context) -> Message:
         """Say which clients live here."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -69,7 +69,7 @@ class Adapted(Strategy):
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
+    ) -> Sequence[Message]:
         """What the inner strategy sends, with the whole model and this package's route."""
         if not list(grid.get_node_ids()):
             return []  # Flower's strategies would wait for a node for ever
@@ -77,12 +77,17 @@ class Adapted(Strategy):
             inner = self.inner.configure_train(
                 server_round, self._parameters(arrays), ConfigRecord(dict(config)), grid
             )
-        messages = []
-        for message in sorted(inner, key=lambda m: m.metadata.dst_node_id):
-            told = next(iter(message.content.config_records.values()), ConfigRecord())
-            content = {"arrays": arrays}
-            messages.append(self.message("train", content, told, message.metadata.dst_node_id))
-        return messages
+        content = {"arrays": arrays}
+        told = {
+            message.metadata.dst_node_id: dict(
+                next(iter(message.content.config_records.values()), ConfigRecord())
+            )
+            for message in sorted(inner, key=lambda m: m.metadata.dst_node_id)
+        }
+        same = next(iter(told.values()), {})
+        if all(config == same for config in told.values()):
+            return self.broadcast("train", content, same, list(told))
+        return [self.message("train", content, config, node) for node, config in told.items()]
 
     def exchange(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -170,8 +170,11 @@ class Replies(Iterable[Message]):
     def reply(self, node: int, said: RecordDict | str) -> Message | None:
         """The message of a node that said this, or with which this went wrong."""
 
-    def __iter__(self) -> Iterator[Message]:
-        """The replies in order of nodes; a block is held until its last row was taken."""
+    def each(self) -> Iterator[tuple[int, RecordDict | str]]:
+        """Node by node, in order, what it said or what went wrong.
+
+        A block is held until its last row was taken.
+        """
         blocks = self.map(lambda block: block, keep=True)
         waiting: dict[int, tuple[Block, int]] = {}
         faults: dict[int, str] = {}
@@ -183,11 +186,16 @@ class Replies(Iterable[Message]):
                 waiting.update({int(n): (block, i) for i, n in enumerate(block.nodes)})
                 faults.update(block.faults)
             if node in faults:
-                message = self.reply(node, faults.pop(node))
+                yield node, faults.pop(node)
             else:
                 block, row = waiting.pop(node)
-                message = self.reply(node, block.content(row))
-            if message is not None:
-                yield message
+                yield node, block.content(row)
         for _ in blocks:  # the end of the stream may have something to say
             pass
+
+    def __iter__(self) -> Iterator[Message]:
+        """The replies in order of nodes."""
+        for node, said in self.each():
+            message = self.reply(node, said)
+            if message is not None:
+                yield message

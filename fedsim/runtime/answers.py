@@ -1,23 +1,25 @@
-"""The replies of a whole cohort to a broadcast, computed when they are taken."""
+"""The replies of a whole cohort, computed when they are taken."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
-from flwr.app import Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from fedsim.core.bulk import EXAMPLES, Block, Broadcast, Replies
+from fedsim.core.bulk import EXAMPLES, Block, Replies
 from fedsim.core.errors import FedsimError
 from fedsim.core.nodes import client_at
 from fedsim.runtime import flower
 from fedsim.runtime.cohort import Outcomes
 from fedsim.runtime.engine import Engine, Judged
-from fedsim.runtime.request import Request
+from fedsim.runtime.request import ContextOf, Request
+from fedsim.runtime.work import Environment
 
 T = TypeVar("T")
+Key = tuple[str, tuple[tuple[str, str], ...], tuple[str, ...]]
 _NUMBERS = itertools.count(1)
 
 
@@ -25,15 +27,22 @@ class CohortReplies(Replies):
     """Replies in columns. They come once: whoever takes them has the work done.
 
     Args:
-        broadcast: what is asked, and of whom.
-        request: the same for the engine.
+        request: what is asked.
+        nodes: of whom, ascending.
         engine: does the work.
+        message_to: makes the message to a node again, for whoever wants replies as messages.
     """
 
-    def __init__(self, broadcast: Broadcast, request: Request, engine: Engine) -> None:
-        self._broadcast, self._request, self._engine = broadcast, request, engine
-        self.nodes = broadcast.nodes
-        self._clients = np.array([client_at(n) for n in broadcast.nodes], np.int64)
+    def __init__(
+        self,
+        request: Request,
+        nodes: Sequence[int],
+        engine: Engine,
+        message_to: Callable[[int], Message] | None = None,
+    ) -> None:
+        self._request, self._engine, self._message_to = request, engine, message_to
+        self.nodes = nodes
+        self._clients = np.array([client_at(n) for n in nodes], np.int64)
 
     def map(self, then: Callable[[Block], T], keep: bool = False) -> Iterator[T]:
         """See `Replies`."""
@@ -66,9 +75,59 @@ class CohortReplies(Replies):
 
     def reply(self, node: int, said: RecordDict | str) -> Message:
         """See `Replies`."""
-        asked = self._broadcast.message_to(node)
+        assert self._message_to is not None, "made without messages"
+        asked = self._message_to(node)
         flower.set_message_id(asked, f"b{next(_NUMBERS)}")
         content = Error(flower.CLIENT_RAISED, said) if isinstance(said, str) else said
         answer = Message(content, reply_to=asked)
         flower.set_message_id(answer, f"a{next(_NUMBERS)}")
         return answer
+
+
+def contents(
+    messages: Sequence[Message], context_of: ContextOf, env: Environment, engine: Engine
+) -> Iterator[RecordDict | str | None]:
+    """What the client of each message says, or what went wrong, in the order of the messages.
+
+    Messages that differ in their arrays alone, whose clients ascend, are one cohort. None stands
+    for a message that does not belong to one.
+
+    Args:
+        messages: train or evaluate messages of client halves of the environment.
+        context_of: gives the clients' contexts.
+        env: data, model and client halves.
+        engine: does the work.
+    """
+    cohorts: dict[Key | None, dict[int, RecordDict]] = {}
+    keys = []
+    for message in messages:
+        key, node = _cohort_of(message, env), message.metadata.dst_node_id
+        mine = cohorts.setdefault(key, {})
+        if key is not None and mine and node <= next(reversed(mine)):
+            key = None
+        if key is not None:
+            mine[node] = message.content
+        keys.append(key)
+    streams = {}
+    for key, mine in cohorts.items():
+        if key is not None and len(mine) > 1:
+            own = {client_at(node): content for node, content in mine.items()}
+            first = next(iter(mine.values()))
+            request = Request(first, str(key[0]), context_of, env, own)
+            streams[key] = CohortReplies(request, list(mine), engine).each()
+    for key in keys:
+        yield next(streams[key])[1] if key in streams else None
+
+
+def _cohort_of(message: Message, env: Environment) -> Key | None:
+    """What messages of one cohort have in common; None if the engine has no part in it."""
+    kind, _, action = message.metadata.message_type.partition(".")
+    half = env.programs.get(action)
+    if kind not in ("train", "evaluate") or half is None or half.resident:
+        return None
+    content = message.content
+    if "arrays" not in content.array_records:
+        return None
+    config = content.config_records.get("config", ConfigRecord())
+    told = tuple((name, repr(value)) for name, value in sorted(config.items()))
+    return message.metadata.message_type, told, tuple(sorted(content.array_records))

@@ -120,11 +120,25 @@ class LocalGrid(Grid):
         return replies
 
     def _replies(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        for number in message_ids:
-            with self._lock:
-                message = self._pending.pop(number, None)
-            if message is not None:
-                yield self._numbered(self.execute(message))
+        with self._lock:
+            pending = [self._pending.pop(number, None) for number in message_ids]
+        messages = [message for message in pending if message is not None]
+        together = getattr(self._app, "contents", None)
+        if together is None or self._debug or not all(map(self._known, messages)):
+            yield from (self._numbered(self.execute(message)) for message in messages)
+            return
+        answers = together(messages, lambda client: self.context(node_of(client)))
+        for message, said in zip(messages, answers, strict=True):
+            if said is None:
+                reply = self.execute(message)
+            elif isinstance(said, str):
+                reply = self.failure(message, flower.CLIENT_RAISED, said)
+            else:
+                reply = Message(said, reply_to=message)
+            yield self._numbered(reply)
+
+    def _known(self, message: Message) -> bool:
+        return 1 <= message.metadata.dst_node_id <= self.num_nodes and message.has_content()
 
     def _numbered(self, reply: Message) -> Message:
         flower.set_message_id(reply, f"r{next(self._numbers)}")

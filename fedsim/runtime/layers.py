@@ -19,6 +19,12 @@ from fedsim.runtime.serial import PartGradient
 
 Loss = Callable[[Criterion, Tensor, Tensor, "Tensor | None"], Tensor]
 Views = Mapping[str, Tensor]
+SLOPES: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
+    nn.ReLU: lambda out: out > 0,
+    nn.Tanh: lambda out: 1 - out * out,
+    nn.Sigmoid: lambda out: out * (1 - out),
+}
+"""Derivatives of layers that work entry by entry, from what they gave."""
 LOOPED = 2
 """Clients whose overridden loss is cheaper one after another than by `vmap`."""
 
@@ -68,7 +74,6 @@ def through_loss(
     loss: Loss, criterion: Criterion, outputs: Tensor, y: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Losses [C] and slopes of any loss with respect to outputs [C, B, ...]."""
-
     leaf = outputs.detach().requires_grad_()
     given = (leaf, y) if weight is None else (leaf, y, weight)
 
@@ -123,7 +128,7 @@ class FactorGradient(Gradient):
 
 @dataclass(frozen=True)
 class Chain:
-    """Flatten, Linear and ReLU layers in a row, with a backward pass written by hand.
+    """Flatten, Linear and elementwise layers in a row, with a backward pass written by hand.
 
     Batched matrix products take the place of one small product for each client; neither autograd
     nor, for plain SGD, the gradient itself is needed.
@@ -157,18 +162,18 @@ class Chain:
         return out.view(*x.shape[: 2 if self.criterion.name != "next_token" else 3], -1)
 
     def _forward(self, values: Views, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Outputs, and what each Linear layer was given and each ReLU gave."""
+        """Outputs, and what each Linear layer was given and each elementwise one gave."""
         tape = []
         for name, layer in self.layers:
             if isinstance(layer, nn.Linear):
                 x = x.flatten(1, -2) if x.dim() > 3 else x
                 tape.append(x)
                 x = _affine(x, values[f"{name}weight"], values.get(f"{name}bias"))
-            elif isinstance(layer, nn.ReLU):
-                x = x.relu()
-                tape.append(x)
-            else:
+            elif isinstance(layer, nn.Flatten):
                 x = x.flatten(2)
+            else:
+                x = layer(x)
+                tape.append(x)
         return x, tape
 
     def gradient(
@@ -199,8 +204,8 @@ class Chain:
                     factors.append(Factor(names[0], bias, slope, tape.pop()))
                 if i > self.lowest:
                     slope = _times(slope, point.values[names[0]])
-            elif isinstance(layer, nn.ReLU):
-                slope = slope * (tape.pop() > 0)
+            elif not isinstance(layer, nn.Flatten):
+                slope = slope * SLOPES[type(layer)](tape.pop())
         return losses, FactorGradient(self.layout, factors, point.w, point.views)
 
 
@@ -219,7 +224,7 @@ def _unfold(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]] | Non
     if type(module) is nn.Identity:
         return []
     flat = type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
-    return [(prefix, module)] if flat or type(module) in (nn.Linear, nn.ReLU) else None
+    return [(prefix, module)] if flat or type(module) in (nn.Linear, *SLOPES) else None
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

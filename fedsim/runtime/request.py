@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import cast, overload
+from dataclasses import dataclass
+from typing import TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from fedsim.core.records import FlatRecord, Layout, as_flat, from_record
 from fedsim.runtime.cohort import Ints, Outcomes, Work
 from fedsim.runtime.work import Environment
 
+S = TypeVar("S")
 PRIVATE = "private"
 """Name under which a client keeps the model entries that never leave it."""
 ContextOf = Callable[[int], Context]
@@ -31,16 +32,18 @@ class Request:
     """What one client or many are asked for, and where they keep their state.
 
     Attributes:
-        content: what each of them is sent.
+        content: what each of them is sent; with `own`, what the first of them is sent.
         message_type: kind and client half, such as ``"train.fedavg"``.
         context_of: gives the clients' contexts; asked for only where there is state.
         env: data, model and client halves.
+        own: what each client is sent, by partition number, where their records differ.
     """
 
     content: RecordDict
     message_type: str
     context_of: ContextOf
     env: Environment
+    own: Mapping[int, RecordDict] | None = None
 
     @property
     def kind(self) -> str:
@@ -65,25 +68,38 @@ class Request:
                 f"known: {', '.join(sorted(env.programs))}"
             )
         program = env.programs[self.action].from_config(config).fitted(env.model.info)
-        records = dict(self.content.array_records)
-        model, layout = records.pop("arrays"), env.model.layout
         return Work(
             program,
             clients,
             int(cast(int, config.get("server-round", 0))),
             int(cast(int, config.get("seed", 0))),
-            self._start(model, program, clients),
-            {name: as_flat(record, layout.trained).flat for name, record in records.items()},
+            self._start(program, self.content, clients)
+            if self.own is None
+            else Each(clients.tolist(), lambda c: self._start_of(program, c)),
+            self._received(self.content)
+            if self.own is None
+            else Each(clients.tolist(), lambda c: self._received(self._sent(c))),
             _Kept(self, {n: self._key(n) for n in program.keeps}, clients.tolist()),
         )
+
+    def _sent(self, client: int) -> RecordDict:
+        """What one client is sent."""
+        return self.content if self.own is None else self.own[client]
+
+    def _received(self, content: RecordDict) -> dict[str, Tensor]:
+        """The vectors besides the model."""
+        layout = self.env.model.layout.trained
+        records = content.array_records
+        return {n: as_flat(r, layout).flat for n, r in records.items() if n != "arrays"}
 
     def _key(self, name: str) -> str:
         return f"{self.action}.{name}"
 
     def _start(
-        self, model: ArrayRecord, program: LocalProgram, clients: Ints
+        self, program: LocalProgram, content: RecordDict, clients: Ints
     ) -> FlatRecord | Sequence[FlatRecord]:
-        layout = self.env.model.layout
+        """The model that was sent, completed by each client's private entries if it needs them."""
+        model, layout = content.array_records["arrays"], self.env.model.layout
         if isinstance(model, FlatRecord) and model.layout is layout:
             return model
         missing, extra = set(layout.names) - set(model), set(model) - set(layout.names)
@@ -95,7 +111,18 @@ class Request:
             )
         if not missing:
             return as_flat(model, layout)
-        return _Completed(self, model, private, clients.tolist())
+        return Each(clients.tolist(), lambda client: self._completed(model, private, client))
+
+    def _start_of(self, program: LocalProgram, client: int) -> FlatRecord:
+        start = self._start(program, self._sent(client), np.array([client]))
+        return start if isinstance(start, FlatRecord) else start[0]
+
+    def _completed(self, model: ArrayRecord, private: frozenset[str], client: int) -> FlatRecord:
+        layout, initial = self.env.model.layout, self.env.model.initial()
+        own = self.context_of(client).state.array_records.get(self._key(PRIVATE))
+        mine = initial.state() if own is None else from_record(own)
+        whole = {n: mine[n] for n in private} | from_record(model)
+        return FlatRecord(layout, layout.flatten(whole), {n: whole[n] for n in layout.beside})
 
     def finish(self, outcomes: Outcomes, lasting: bool = True) -> Block:
         """Keep on the clients what they keep, and return their replies.
@@ -121,7 +148,11 @@ class Request:
             rows, beside = _part(rows, beside, layout, shared)
             layout = shared
         if self.env.programs[self.action].replies == "delta":
-            rows.sub_(as_flat(received, layout).flat)
+            if self.own is None:
+                rows.sub_(as_flat(received, layout).flat)
+            else:
+                for row, client in zip(rows, clients, strict=True):
+                    row.sub_(as_flat(self._sent(client).array_records["arrays"], layout).flat)
         return Block(
             np.array([node_of(c) for c in clients], np.int64),
             {"arrays": layout, **dict.fromkeys(outcomes.sent, trained)},
@@ -170,31 +201,25 @@ class _Kept(Mapping[int, Mapping[str, Tensor]]):
 
 
 @dataclass(frozen=True)
-class _Completed(Sequence[FlatRecord]):
-    """The received model, completed by each client's private entries when asked for."""
+class Each(Sequence[S]):
+    """One value for each client, made when asked for."""
 
-    request: Request
-    model: ArrayRecord
-    private: frozenset[str]
     clients: list[int]
+    make: Callable[[int], S]
 
     def __len__(self) -> int:
         return len(self.clients)
 
     @overload
-    def __getitem__(self, index: int) -> FlatRecord: ...
+    def __getitem__(self, index: int) -> S: ...
 
     @overload
-    def __getitem__(self, index: slice) -> _Completed: ...
+    def __getitem__(self, index: slice) -> Each[S]: ...
 
-    def __getitem__(self, index: int | slice) -> FlatRecord | _Completed:
+    def __getitem__(self, index: int | slice) -> S | Each[S]:
         if isinstance(index, slice):
-            return replace(self, clients=self.clients[index])
-        model, state = self.request.env.model, self.request.context_of(self.clients[index]).state
-        layout, own = model.layout, state.array_records.get(self.request._key(PRIVATE))
-        mine = model.initial().state() if own is None else from_record(own)
-        whole = {n: mine[n] for n in self.private} | from_record(self.model)
-        return FlatRecord(layout, layout.flatten(whole), {n: whole[n] for n in layout.beside})
+            return Each(self.clients[index], self.make)
+        return self.make(self.clients[index])
 
 
 def explain(client: int, content: RecordDict, message_type: str, error: BaseException) -> str:
