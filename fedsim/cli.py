@@ -302,12 +302,12 @@ def merge_lora(
     rank: Annotated[
         str | None, typer.Option(metavar="K|sum|max", help="Rank of the result.")
     ] = None,
-    output_reweight: Annotated[
-        bool | None, typer.Option("--output-reweight/--no-output-reweight", help="Of lego.")
-    ] = None,
-    parameter_reweight: Annotated[
-        bool | None, typer.Option("--parameter-reweight/--no-parameter-reweight", help="Of lego.")
-    ] = None,
+    no_output_reweight: Annotated[
+        bool, typer.Option("--no-output-reweight", help="Leave out that step of lego.")
+    ] = False,
+    no_parameter_reweight: Annotated[
+        bool, typer.Option("--no-parameter-reweight", help="Leave out that step of lego.")
+    ] = False,
     weight: Annotated[
         list[float] | None, typer.Option(help="Of each adapter, in order; default: all alike.")
     ] = None,
@@ -320,7 +320,8 @@ def merge_lora(
     """Merge LoRA adapters of one base model; peft loads the result."""
     from fedsim.models import merge_command
 
-    chosen = {"output_reweight": output_reweight, "parameter_reweight": parameter_reweight}
+    left_out = {"output": no_output_reweight, "parameter": no_parameter_reweight}
+    chosen = {f"{step}_reweight": False for step, out_ in left_out.items() if out_}
     merge_command.run(adapters, out, method, rank, weight, option or [], chosen, json)
 
 

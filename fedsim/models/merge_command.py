@@ -18,7 +18,7 @@ def run(
     rank: str | None,
     weights: Sequence[float] | None,
     options: Sequence[str],
-    switches: Mapping[str, bool | None],
+    switches: Mapping[str, bool],
     as_json: bool,
 ) -> None:
     """Merge folders into one and print what came out.
@@ -30,15 +30,13 @@ def run(
         rank: a number, max, sum or energy:T.
         weights: of the adapters.
         options: ``KEY=VALUE`` with values as in TOML; a bare word is a string.
-        switches: options that have a switch of their own; None where it was not given.
+        switches: options that were set by a switch of their own.
         as_json: print one JSON object.
     """
     from fedsim.models.adapters import write_adapter
     from fedsim.models.merging import merge
 
-    chosen = dict(_parsed(o) for o in options) | {
-        k: v for k, v in switches.items() if v is not None
-    }
+    chosen = {**dict(map(_parsed, options)), **switches}
     size = int(rank) if rank is not None and rank.isdecimal() else rank
     merged = merge(adapters, method, rank=size, weights=weights or None, **chosen)
     path = write_adapter(merged, out)

@@ -24,6 +24,7 @@ from fedsim.core.records import from_record
 from fedsim.core.strategy import Strategy, route
 from fedsim.data import FederatedData, Ragged
 from fedsim.federation import Federation, Progress
+from fedsim.models.lora import adapt
 from fedsim.runner import build_strategy
 from fedsim.runtime.grid import LocalGrid, View
 from fedsim.runtime.work import Environment, client_of, program_class
@@ -83,7 +84,8 @@ def federated(
 
 
 def module(kind: str = "softmax", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A seeded model: ``"softmax"`` regression, an ``"mlp"``, or one with BatchNorm, ``"bn"``.
+    """A seeded model: ``"softmax"`` regression, an ``"mlp"``, one with BatchNorm,
+    ``"bn"``, or the ``"mlp"`` with low-rank updates, ``"lora"``.
 
     A ``"line"`` through the origin has one input, one output, and slope 1/2.
     """
@@ -95,6 +97,9 @@ def module(kind: str = "softmax", dtype: torch.dtype = torch.float32) -> nn.Modu
         made = {
             "softmax": lambda: nn.Linear(FEATURES, CLASSES),
             "mlp": lambda: nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES)),
+            "lora": lambda: adapt(
+                nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES)), 2, 2.0
+            ),
             "bn": lambda: nn.Sequential(
                 nn.Linear(FEATURES, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, CLASSES)
             ),

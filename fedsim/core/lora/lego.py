@@ -56,6 +56,8 @@ class Lego:
         reference_rank: r_ref; 0 means the mean of the adapters' ranks.
         sign_align: cluster units up to sign.
         balance: first scale every unit so that both halves have the same norm.
+        order: of the merged ranks: ``"strength"``, so that the first r are the r largest, or
+            ``"member"``, by their first unit, so that a single adapter keeps its order.
         allow_pad: where there are fewer units than k, add zero ranks instead of refusing.
         n_init: restarts of k-means.
         max_iter: iterations of each.
@@ -76,6 +78,7 @@ class Lego:
     reference_rank: float = 0.0
     sign_align: bool = False
     balance: bool = False
+    order: str = "strength"
     allow_pad: bool = False
     n_init: int = 10
     max_iter: int = 300
@@ -89,6 +92,7 @@ class Lego:
             "feature": ("raw", "unit"),
             "unit_weight": ("uniform", "client", "client_per_rank"),
             "norm": ("inf", "l2"),
+            "order": ("strength", "member"),
         }.items():
             require(getattr(self, name) in allowed, name, getattr(self, name), " or ".join(allowed))
         require(self.gamma_max == 0 or self.gamma_max >= 1, "gamma_max", self.gamma_max, "0 or 1+")
@@ -132,7 +136,7 @@ class Merged:
     """One merged module, and how it came about.
 
     Attributes:
-        factors: the merged factors, with scaling 1; ranks in descending order of their norm.
+        factors: the merged factors, with scaling 1; ranks in the `order` of the options.
         labels: cluster of each unit, adapter by adapter: a row of `factors.a`.
         sizes: units of each cluster.
         gamma: factor of the parameter reweighting of each cluster, before the cut at `gamma_max`;
@@ -318,7 +322,8 @@ def _assemble(
     first = [int(h[0]) if len(h := (labels == c).nonzero().flatten()) else len(units) + c
              for c in range(k)]  # fmt: skip
     strength = (a.norm(dim=1) * b.norm(dim=1)).tolist()
-    order = sorted(range(k), key=lambda c: (-strength[c], first[c]))
+    by_strength = options.order == "strength"
+    order = sorted(range(k), key=lambda c: (-strength[c] * by_strength, first[c]))
     place = {c: i for i, c in enumerate(order)}
     ranks = tuple(f.rank for f in pool.factors)
     if options.output_reweight and not options.mass:

@@ -304,7 +304,8 @@ def test_shared_start_makes_it_a_blown_up_fedit() -> None:
     "wrong",
     [
         {"rank": 0}, {"rank": "most"}, {"rank": "energy:2"}, {"rank": "energy:x"},
-        {"feature": "cosine"}, {"unit_weight": "big"}, {"norm": "l1"}, {"gamma_max": 0.5},
+        {"feature": "cosine"}, {"unit_weight": "big"}, {"norm": "l1"},
+        {"order": "none"}, {"gamma_max": 0.5},
         {"n_init": 0}, {"max_iter": 0}, {"reference_rank": -1},
     ],
 )  # fmt: skip
