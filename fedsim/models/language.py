@@ -36,7 +36,7 @@ class CausalLM(nn.Module):
 
 def hf_causal_lm(
     data: FederatedData,
-    name: str,
+    path: str,
     gguf_file: str | None = None,
     dtype: str = "float32",
     peft: str | None = None,
@@ -52,7 +52,7 @@ def hf_causal_lm(
 
     Args:
         data: gives the vocabulary; its tokenizer must be the model's.
-        name: id of the hub, folder, or path of a ``.gguf`` file.
+        path: id of the hub, folder, or path of a ``.gguf`` file.
         gguf_file: name of the GGUF file in that repository or folder.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         peft: None for the whole model.
@@ -74,23 +74,23 @@ def hf_causal_lm(
             "model = 'hf_causal_lm' needs the Python package transformers: "
             "pip install 'fedsim-flower[llm]'"
         ) from None
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        name, gguf_file = str(path.parent), path.name
+    place = Path(path).expanduser()
+    if place.suffix == ".gguf":
+        place, gguf_file = place.parent, place.name
     more = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         inner: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            str(Path(name).expanduser()) if path.exists() else name,
+            str(place) if place.exists() else path,
             dtype=dtypes[dtype],
             attn_implementation="eager",
             **more,
         )
     except Exception as error:  # the library raises whatever its readers and network layers raise
-        raise ConfigError(f"model.name = {name!r} cannot be loaded: {tame(str(error))}") from None
+        raise ConfigError(f"model.path = {path!r} cannot be loaded: {tame(str(error))}") from None
     width = int(inner.config.vocab_size)
     if width < data.num_outputs:
         raise ConfigError(
-            f"model.name = {name!r} knows {width} tokens; dataset {data.name} has "
+            f"model.path = {path!r} knows {width} tokens; dataset {data.name} has "
             f"{data.num_outputs}: give data.dataset.tokenizer the same model"
         )
     if peft is not None:

@@ -44,7 +44,7 @@ def data() -> FederatedData:
 
 
 def model(folder: Path, data: FederatedData, **params: Any) -> FlatModel:
-    spec = Named(name="hf_causal_lm", params={"name": str(folder), **params})
+    spec = Named(name="hf_causal_lm", params={"path": str(folder), **params})
     return FlatModel(build(spec, data, 0), criterion("next_token"))
 
 
