@@ -13,7 +13,7 @@ from flwr.app import Message, RecordDict
 from safetensors.torch import load_file
 
 from fedsim.config import StrategyConfig
-from fedsim.core import kseed
+from fedsim.core import directions, kseed
 from fedsim.core.directions import arrays
 from fedsim.core.errors import RunError
 from fedsim.core.packets import packet, packet_of
