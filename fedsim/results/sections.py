@@ -36,6 +36,7 @@ BUILTIN: dict[str, str] = {
     "curves": f"{_PARTS}.curves:curves",
     "tests": f"{_PARTS}.tests:tests",
     "clients": f"{_PARTS}.clients:clients",
+    "clusters": f"{_PARTS}.clusters:clusters",
     "extras": f"{_PARTS}.curves:extras",
     "refused": f"{_PARTS}.clients:refused",
     "runs": f"{_PARTS}.provenance:which_runs",
