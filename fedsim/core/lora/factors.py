@@ -156,18 +156,19 @@ def compact_svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
     """Singular value decomposition of an update, from its factors.
 
     With ``b = Q_b R_b`` and ``a^T = Q_a R_a`` it is that of ``R_b R_a^T``, of the size of the
-    rank; an [out, in] matrix is never formed. Signs are fixed: the largest entry of each right
-    vector is positive.
+    rank, and done in float64; an [out, in] matrix is never formed. Signs are fixed: the largest
+    entry of each right vector is positive.
 
     Returns:
         U [out, q], singular values [q], V^T [q, in] with q = min(rank, out, in).
     """
-    q_b, r_b = torch.linalg.qr(factors.b * factors.scaling)
-    q_a, r_a = torch.linalg.qr(factors.a.T)
+    dtype = factors.a.dtype
+    q_b, r_b = torch.linalg.qr(factors.b.double() * factors.scaling)
+    q_a, r_a = torch.linalg.qr(factors.a.T.double())
     u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     u, vt = q_b @ u, vt @ q_a.T
     sign = vt.gather(1, vt.abs().argmax(1, keepdim=True)).sign()
-    return u * sign.T, s, vt * sign
+    return (u * sign.T).to(dtype), s.to(dtype), (vt * sign).to(dtype)
 
 
 def truncated(factors: Factors, rank: int) -> Factors:

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from fedsim.core.rng import SERVER, stream
 
+TOGETHER = 8
+"""Pools worked on at once: so many that calls cost little and temporaries stay in the cache."""
+
 
 class Clustering(NamedTuple):
     """What k-means found, for each of L pools.
@@ -59,6 +62,19 @@ def kmeans(
         signed: points count up to sign: a point is flipped where it lies opposite to its centre.
     """
     pools = len(weight)
+    if pools > TOGETHER:
+        parts = [
+            kmeans(g, w, k, n_init=n_init, max_iter=max_iter, seed=seed, signed=signed)
+            for g, w in zip(gram.split(TOGETHER), weight.split(TOGETHER), strict=True)
+        ]
+        longest = max(len(p.history) for p in parts)
+        full = [[*p.history, *[p.history[-1]] * (longest - len(p.history))] for p in parts]
+        return Clustering(
+            torch.cat([p.labels for p in parts]),
+            torch.cat([p.signs for p in parts]),
+            torch.cat([p.inertia for p in parts]),
+            [torch.cat(step) for step in zip(*full, strict=True)],
+        )
     starts = _starts(gram, weight, k, n_init, seed, signed)
     labels, signs = _assign(_to_points(gram, starts, signed))
     history: list[Tensor] = []
