@@ -148,12 +148,18 @@ def enter(tally: Tally, verdicts: Verdicts, down: int, device: Device, flops: Fl
         columns["loss"] = block.metrics["loss"].astype(np.float64).tolist()
     if "cluster" in block.metrics:
         columns["cluster"] = block.metrics["cluster"].astype(np.int64).tolist()
+    names = ("status", *columns, "bytes_down", "bytes_up", "seconds")
     for node, took, *values in zip(
         block.nodes.tolist(), seconds.tolist(), *columns.values(), strict=True
     ):
         client = client_at(node)
-        tally.row(client).update(zip(("status", *columns), ("ok", *values), strict=True))
-        _add(tally, client, down, up, took)
+        row = tally.row(client)
+        if "bytes_down" in row:  # a second phase of the round
+            row.update(zip(names, ("ok", *values), strict=False))
+            _add(tally, client, down, up, took)
+        else:
+            row.update(zip(names, ("ok", *values, down, up, took), strict=True))
+    tally.sampled.update((block.nodes - 1).tolist())
     return max(idle, float(seconds.max()))
 
 

@@ -90,6 +90,7 @@ class Federation:
         self._flops = clock.forward_flops(env.model, env.data.fields["x"][:1])
         heldout = set(env.data.heldout_clients.tolist())
         self._train, self._test = self._sizes()
+        self._most = np.array(self._train)
         self.trainers = [node_of(c) for c, n in enumerate(self._train) if c not in heldout and n]
         self.judges = [node_of(c) for c, n in enumerate(self._test) if n]
         self.setting = Setting(
@@ -146,6 +147,8 @@ class Federation:
 
     def _mark(self, tally: Tally) -> Row:
         """Note the clients' clusters in their rows; what they give as columns of the round."""
+        if type(self.strategy).cluster_of is Strategy.cluster_of:
+            return {}
         found = membership.clusters(self.strategy, self.env.data)
         for client, row in tally.rows.items():
             if (name := found[client]) is not None:
@@ -175,12 +178,13 @@ class Federation:
         if size == len(there):
             return there
         stream = rng.stream(self.seed, server_round, rng.SERVER, "cohort")
-        return sorted(stream.choice(there, size, replace=False).tolist())
+        places = stream.choice(len(there), size, replace=False)
+        return sorted(there[place] for place in places.tolist())
 
     def _present(self, nodes: list[int]) -> list[int]:
         """Those of `nodes` that are connected now."""
         if getattr(self.grid, "in_order", False):
-            return list(nodes)
+            return nodes
         there = set(self.grid.get_node_ids())
         return [n for n in nodes if n in there]
 
@@ -262,7 +266,7 @@ class Federation:
     def _columns(self, broadcast: Broadcast, replies: Replies, tally: Tally) -> Replies:
         """As `_one_by_one`, in columns."""
         expected = self.strategy.expected(broadcast.content)
-        down, most = count_bytes(broadcast.content), np.array(self._train)
+        down, most = count_bytes(broadcast.content), self._most
         phase, good = [0.0], [0]
         goal = min(self._goal or len(broadcast), len(broadcast))
 
