@@ -8,7 +8,6 @@ dies by SIGKILL, as the server would. ``FL_CRASH_LOG`` must name a file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -22,31 +21,13 @@ import numpy as np
 import torch
 
 from fedsim import api, failpoints, journal
-from fedsim.config import Experiment
-from fedsim.core.packing import pack
 from fedsim.journal import Journal
 from fedsim.runner import Task
+from tests.faults.runs import digest, experiment
 
 torch.set_num_threads(1)
 LOG = Path(os.environ["FL_CRASH_LOG"])
 KILLED = -signal.SIGKILL
-FILES = ("model.safetensors", "rounds.parquet", "clients.parquet", "status.json", "config.json")
-
-
-def experiment(strategy: dict[str, Any], **sections: Any) -> Experiment:
-    """Four rounds on a few real images."""
-    return Experiment.model_validate(
-        {
-            "experiment": {"name": "kill", "rounds": 4, "seeds": [3]},
-            "data": {"dataset": "digits", "clients": 9, "central_test_fraction": 0.6},
-            "model": "logistic",
-            "cohort": {"size": 7},
-            "train": {"max_steps": 3},
-            "evaluate": {"clients_every": 2},
-            "strategy": [strategy],
-            **sections,
-        }
-    )
 
 
 def child(work: Callable[[], object], at: int = 0) -> int:
@@ -61,18 +42,6 @@ def child(work: Callable[[], object], at: int = 0) -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def digest(folder: Path) -> str:
-    """Of all that must be the same: metrics, models, and the state in the last checkpoint."""
-    total = hashlib.sha256()
-    for path in sorted([*(folder / n for n in FILES), *folder.glob("models/*")]):
-        if path.exists():
-            total.update(path.name.encode() + path.read_bytes())
-    snapshot = Journal(folder / "checkpoints").load()
-    assert snapshot is not None
-    total.update(pack([snapshot.server, snapshot.strategy, snapshot.clients]))
-    return total.hexdigest()
 
 
 def places(task: Task) -> list[str]:

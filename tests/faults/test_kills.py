@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.contract.rows import ROWS, Row
+from tests.faults.runs import digest
 
 ROOT = Path(__file__).parents[2]
 STATEFUL = Row("scaffold")
@@ -76,3 +78,37 @@ def test_row_1(row: Row, tmp_path: Path, scorecard: Callable[..., None]) -> None
     assert found["failures"] == []
     assert found["tries"] == 50
     assert found["slowest"] < 5
+
+
+RUN = """
+import sys
+from pathlib import Path
+from fedsim import api
+from fedsim.runner import Task
+from tests.faults.runs import experiment
+made = experiment({"name": "scaffold"})
+api.execute(Task(made, made.strategy[0], 3, Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(shutil.which("strace") is None, reason="a cross-check that needs strace")
+def test_row_1_by_system_call(tmp_path: Path, scorecard: Callable[..., None]) -> None:
+    """The same from outside: the kernel kills the process at its n-th rename or fsync."""
+
+    def run(folder: Path, *before: str) -> int:
+        command = [*before, sys.executable, "-c", RUN, str(folder)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True).returncode
+
+    assert run(tmp_path / "whole") == 0
+    wanted, failures = digest(tmp_path / "whole"), 0
+    places = [(call, n) for call in ("rename", "fsync") for n in (1, 3, 6, 10, 15)]
+    for call, n in places:
+        folder = tmp_path / f"{call}-{n}"
+        inject = f"inject={call}:signal=SIGKILL:when={n}"
+        assert run(folder, "strace", "-f", "-o", os.devnull, "-e", f"trace={call}", "-e", inject)
+        failures += run(folder) != 0 or digest(folder) != wanted
+    scorecard("1", "kills at a system call", len(places), failures)
+    assert failures == 0
