@@ -34,5 +34,5 @@ class FedAP(LocalProgram):
 
     def final(self, s: LocalState) -> None:
         """For FOMAML, take back all but the last step."""
-        if self.last_step and s.num_steps:
-            s.w = s.start + (s.w - s.before)  # type: ignore[attr-defined]
+        if hasattr(s, "before"):
+            s.w = s.start + (s.w - s.before)

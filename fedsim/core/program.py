@@ -77,7 +77,7 @@ class LocalState:
             change them.
         sent: vectors to reply with besides the model, by name.
         metrics: numbers to reply with.
-        num_steps: local steps of this round.
+        num_steps: local steps of this round; [C, 1] with stacked vectors, as `num_examples`.
         num_examples: training examples of this client.
         round: number of the round, from 1.
         losses: training loss of each gradient so far, scalars.

@@ -149,10 +149,9 @@ def _against_stacking(
         alone = list(Serial(model, data, debug=True).map(work, _as_is))
     except Exception:  # it wants more than is known before the first round: take its word
         return None
-    batched = Batched(model, data, Workers(1), engine, len(work))
-    (block,) = batched.map(work, _as_is)
-    if block.faults:
-        error = next(iter(block.faults.values()))
+    try:
+        (block,) = Batched(model, data, Workers(1), engine, len(work)).map(work, _as_is)
+    except Exception as error:  # what a program raises that takes vectors for one client's
         return f"stacked vectors fail: {type(error).__name__}: {error}"
     places = {int(c): i for i, c in enumerate(block.clients)}
     for one in alone:

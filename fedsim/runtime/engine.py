@@ -98,24 +98,30 @@ class Engine:
             batch_size: examples per forward pass.
         """
         tuning = work.program.personalise()
-        if tuning is not None:
+        if self.choice.executor == "serial":
+            yield from self._alone(work, batch_size)
+        elif tuning is not None:
             own = replace(work, program=tuning, received={})
             yield from self.map(own, lambda o: self._rows(o.clients, o, batch_size), keep=False)
-        elif self.choice.executor == "serial":
-            serial = Serial(self.model, self.data)
-            for place, found in enumerate(serial.measure(work, batch_size)):
-                loss, accuracy, examples = found
-                yield Judged(
-                    work.clients[place : place + 1],
-                    np.array([loss]),
-                    np.array([accuracy]),
-                    np.array([examples]),
-                    {},
-                )
         elif isinstance(work.record, FlatRecord):
             yield self._shared(work.clients, work.record, batch_size)
         else:
             yield from self._personal(work, batch_size)
+
+    def _alone(self, work: Work, batch_size: int) -> Iterator[Judged]:
+        """One client after another, as a device would judge its model."""
+        serial = Serial(self.model, self.data)
+        for place, client in enumerate(work.clients):
+            one, none = work.part(slice(place, place + 1)), np.zeros(0)
+            try:
+                ((loss, accuracy, examples),) = serial.measure(one, batch_size)
+            except Exception as error:  # a user's program raises whatever it raises
+                gone = {int(client): error}
+                yield Judged(one.clients[:0], none, none, none.astype(np.int64), gone)
+                continue
+            yield Judged(
+                one.clients, np.array([loss]), np.array([accuracy]), np.array([examples]), {}
+            )
 
     def sums(self, record: FlatRecord, index: Tensor, batch_size: int) -> Tensor:
         """Loss, right predictions and positions of each example, shape [3, len(index)].
