@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
@@ -231,6 +232,12 @@ PAIRS = [
     Pair(Row("perfedavg", {"alpha": 0}), UNIFORM),
     Pair(Row("fedbn", model="mlp"), Row("fedavg", model="mlp")),
 ]  # fmt: skip
+
+
+@cache
+def honest(row: Row, rounds: int = 2) -> str:
+    """Digest of the row's model after some rounds in which nothing happens."""
+    return toy.sha256(toy.run(row.federation(), rounds).arrays)
 
 
 def every(rows: list[Row] = ROWS) -> pytest.MarkDecorator:
