@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def execute(task: Task, on_event: OnEvent | None = None, begin: Begin = launch.s
     """
     before = saved_config(task.path)
     if before is None:
-        if task.path.exists() and any(p.name not in BEGUN for p in task.path.iterdir()):
+        if task.path.exists() and not all(BEGUN.match(p.name) for p in task.path.iterdir()):
             raise RunError(f"{task.path} is not empty and holds no run; give another --out")
         return begin(task, on_event, False)
     wanted = task.config(Choice(), "")
@@ -182,8 +183,8 @@ def _saved_task(folder: Path, config: dict[str, Any]) -> Task:
 
 
 EXPERIMENT_FILE = "experiment.json"
-BEGUN = {".lock", "checkpoints"}
-"""What a run killed before its first file leaves behind."""
+BEGUN = re.compile(r"\.|checkpoints$")
+"""What a run killed before its first file leaves behind: its lock, half a file, no checkpoint."""
 
 
 def compare(

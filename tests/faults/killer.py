@@ -72,7 +72,8 @@ def row(
     wanted = digest(whole.path)
     draw = np.random.default_rng(seed)
     possible = [n for n, name in enumerate(passed, 1) if only in ("", name)]
-    chosen = sorted(draw.choice(possible, min(points, len(possible)), replace=False).tolist())
+    first, rest = possible[0], possible[1:]  # before the first file there is nothing to resume
+    chosen = [first, *sorted(draw.choice(rest, min(points - 1, len(rest)), replace=False).tolist())]
     failures, slowest = [], 0.0
     for at in chosen:
         task = Task(made, entry, 3, folder / f"killed-{at}")
