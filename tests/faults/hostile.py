@@ -52,7 +52,8 @@ def _entry(content: Content, draw: np.random.Generator) -> tuple[str, str, np.nd
     records = sorted(n for n, r in content.items() if isinstance(r, ArrayRecord) and len(r))
     record = records[draw.integers(len(records))]
     floats = sorted(n for n, a in content[record].items() if "float" in a.dtype)  # type: ignore[union-attr]
-    name = floats[draw.integers(len(floats))]
+    names = floats or sorted(content[record])  # packed bytes, where a strategy sends no model
+    name = names[draw.integers(len(names))]
     return record, name, content[record][name].numpy().copy()  # type: ignore[union-attr, index]
 
 
@@ -141,6 +142,8 @@ def _nan_metric(content: Content, draw: np.random.Generator) -> None:
 
 PICKLE = b"\x80\x04\x95\x1e\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94."
 
+VALUES = ("NaN", "infinity", "1e38")
+"""Kinds that packed bytes cannot hold; strategies that pack numbers test these for themselves."""
 KINDS: Mapping[str, Kind] = {
     "NaN": Kind("not_finite", value(float("nan"))),
     "infinity": Kind("not_finite", value(float("inf"))),
