@@ -21,8 +21,8 @@ from fedsim.federation import Federation, Progress
 from fedsim.gate import Gate, Refusal
 from fedsim.runtime.grid import LocalGrid
 from tests.contract import toy
-from tests.contract.rows import Row, every
-from tests.faults.hostile import KINDS, Attack, HostileGrid, Kind
+from tests.contract.rows import ROWS, Row, every
+from tests.faults.hostile import KINDS, VALUES, Attack, HostileGrid, Kind
 
 CLIENTS, WORST = 15, 5
 SIZES = (10, 12, 6, 8, 11, 7, 14, 10, 8, 12, 8, 7, 6, 12, 11)
