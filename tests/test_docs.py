@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import typer.core
 
 import fedsim
 from fedsim.cli import EXIT_CODES, app
@@ -117,7 +118,10 @@ def test_scripts_commands_and_options_exist() -> None:
             if words[0].startswith("scripts/"):
                 assert (ROOT / words[0]).is_file(), f"{page.name}: {line}"
             elif words[0] == "fedsim":
-                there = {o for p in commands[words[1]].params for o in p.opts}
+                command = commands[words[1]]
+                if isinstance(command, typer.core.TyperGroup):
+                    command = command.commands[words[2]]
+                there = {o for p in command.params for o in p.opts}
                 assert {w for w in words if w.startswith("--")} <= there, f"{page.name}: {line}"
 
 
