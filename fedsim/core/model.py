@@ -53,22 +53,26 @@ class ModelInfo:
         kinds: class name of the module that owns each entry, for example ``"BatchNorm2d"``.
         buffers: names of the entries that are not parameters.
         head: names of the entries of the last module that has parameters.
+        still: names of the entries that local work never changes, only the server: those that a
+            module names in an attribute `still`. Messages may leave them out.
     """
 
     layout: Layout
     kinds: Mapping[str, str]
     buffers: frozenset[str]
     head: frozenset[str]
+    still: frozenset[str] = frozenset()
 
     @staticmethod
     def of(module: nn.Module, layout: Layout) -> ModelInfo:
         """Read the facts off a module."""
         owners: dict[str, tuple[str, str]] = {}
+        still: set[str] = set()
         for prefix, child in module.named_modules():
+            before = f"{prefix}." if prefix else ""
             entries = (*child._parameters, *child._buffers)
-            owners.update(
-                {f"{prefix}.{e}" if prefix else e: (prefix, type(child).__name__) for e in entries}
-            )
+            owners.update({f"{before}{e}": (prefix, type(child).__name__) for e in entries})
+            still.update(f"{before}{e}" for e in getattr(child, "still", ()))
         parameters = [n for n, _ in module.named_parameters()]
         last = owners[parameters[-1]][0] if parameters else ""
         names = frozenset(layout.names)
@@ -77,6 +81,7 @@ class ModelInfo:
             {n: kind for n, (_, kind) in owners.items() if n in names},
             names - frozenset(parameters),
             frozenset(n for n, (prefix, _) in owners.items() if prefix == last and n in names),
+            names & still,
         )
 
 

@@ -14,11 +14,14 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fedsim.core.criteria import Criterion
-from fedsim.core.errors import ConfigError
+from fedsim.core.errors import ConfigError, RunError
 from fedsim.core.model import ModelInfo
+from fedsim.core.parts import Shapes, fits, shapes_of, widened
+from fedsim.core.records import FlatRecord, from_record
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -44,6 +47,28 @@ class Batch(NamedTuple):
     fields: Mapping[str, Tensor]
     epoch: Any
     step: int
+
+
+@dataclass(frozen=True)
+class Mail:
+    """What one client was sent, and what it knows besides: see `LocalProgram.opened`.
+
+    Attributes:
+        records: the array records, by name.
+        own: entries of the model that the client keeps to itself (`LocalProgram.private`), as
+            they were initialised where it has kept none yet.
+        initial: the initial model, which every client can make for itself.
+        seed: seed of the run.
+        round: number of the round, from 1.
+        client: partition number.
+    """
+
+    records: Mapping[str, ArrayRecord]
+    own: Mapping[str, Tensor]
+    initial: FlatRecord
+    seed: int
+    round: int
+    client: int
 
 
 class Gradient:
@@ -142,6 +167,10 @@ class LocalProgram:
     """Whether `init`, `step` and `final` also hold for stacked vectors of shape [clients, p]."""
     resident: ClassVar[bool] = False
     """Whether it works in place on the one resident model (`fedsim.core.resident`)."""
+    opens: ClassVar[tuple[str, ...]] = ("arrays",)
+    """Names of the records that `opened` makes the model from; others arrive as vectors."""
+    own_start: ClassVar[bool] = False
+    """Whether clients who are sent the same start from different models."""
 
     epochs: int = 1
     max_steps: int = 0
@@ -179,6 +208,38 @@ class LocalProgram:
     def private(self, info: ModelInfo) -> frozenset[str]:
         """Names of the model entries that never leave the client (personal layers)."""
         return frozenset()
+
+    def opened(self, info: ModelInfo, mail: Mail) -> Mapping[str, Tensor]:
+        """The model that work starts from: all its entries, in the model's shapes.
+
+        Default: what was sent, with zeros around entries of which only a part was sent; what was
+        not sent is the client's own, or as at first where only the server could change it.
+
+        Raises:
+            RunError: entries are unknown, missing, or too large.
+        """
+        sent, layout = from_record(mail.records["arrays"]), info.layout
+        rest = mail.initial.state()
+        rest = {n: rest[n] for n in info.still} | dict(mail.own)
+        extra, missing = set(sent) - set(layout.names), set(layout.names) - set(sent) - set(rest)
+        if extra or missing:
+            raise RunError(
+                f"the received model has unexpected entries {sorted(extra)} and lacks "
+                f"{sorted(missing)}"
+            )
+        if not fits(shapes_of(mail.records["arrays"]), layout):
+            raise RunError("the received model has entries of other shapes than this model's")
+        shapes = zip(layout.names, layout.shapes, strict=True)
+        return {n: widened(sent[n], shape) if n in sent else rest[n] for n, shape in shapes}
+
+    def answers(self, info: ModelInfo, sent: Shapes) -> Shapes:
+        """Entries of the model that go back, and how much of each: their shapes.
+
+        Args:
+            info: the model.
+            sent: shapes of the entries that were sent, which is the default.
+        """
+        return sent
 
     def personalise(self) -> LocalProgram | None:
         """Local training before the model is judged on the client's held-out examples, or None."""

@@ -12,6 +12,8 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from fedsim.core.bulk import EXAMPLES, Block, Replies
 from fedsim.core.errors import FedsimError
 from fedsim.core.nodes import client_at
+from fedsim.core.parts import shapes_of
+from fedsim.core.records import FlatRecord
 from fedsim.runtime import flower
 from fedsim.runtime.cohort import Outcomes
 from fedsim.runtime.engine import Engine, Judged
@@ -130,4 +132,6 @@ def _cohort_of(message: Message, env: Environment) -> Key | None:
         return None
     config = content.config_records.get("config", ConfigRecord())
     told = tuple((name, repr(value)) for name, value in sorted(config.items()))
-    return message.metadata.message_type, told, tuple(sorted(content.array_records))
+    arrays = content.array_records["arrays"]
+    layout = str(id(arrays.layout)) if isinstance(arrays, FlatRecord) else str(shapes_of(arrays))
+    return message.metadata.message_type, told, (layout, *sorted(content.array_records))

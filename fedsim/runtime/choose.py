@@ -124,7 +124,7 @@ def _functional(model: FlatModel) -> str | None:
     """Why `torch.func` cannot run the module; None if it can."""
     if model.stochastic:
         return "the model draws random numbers in training"
-    if set(model.layout.trainable) != set(model.layout.names):
+    if set(model.layout.names) - set(model.layout.trainable) - model.info.still:
         return "the model has buffers"
     if any(isinstance(m, nn.RNNBase) for m in model.module.modules()):
         return "recurrent layers cannot be stacked"

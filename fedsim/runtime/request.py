@@ -5,17 +5,18 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar, cast, overload
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 from torch import Tensor
 
 from fedsim.core.bulk import EXAMPLES, Block
 from fedsim.core.errors import RunError
 from fedsim.core.nodes import node_of
-from fedsim.core.program import LocalProgram
+from fedsim.core.parts import narrowed, part_of, shapes_of
+from fedsim.core.program import LocalProgram, Mail
 from fedsim.core.records import FlatRecord, Layout, as_flat, from_record
 from fedsim.runtime.cohort import Ints, Outcomes, Work
 from fedsim.runtime.work import Environment
@@ -55,6 +56,16 @@ class Request:
         """Which client half."""
         return self.message_type.partition(".")[2]
 
+    @cached_property
+    def program(self) -> LocalProgram:
+        """What the clients run.
+
+        Raises:
+            ConfigError: the configuration does not fit it.
+        """
+        config = self.content.config_records.get("config", ConfigRecord())
+        return self.env.programs[self.action].from_config(config).fitted(self.env.model.info)
+
     def work(self, clients: Ints) -> Work:
         """The work of these clients, by ascending partition number.
 
@@ -67,19 +78,18 @@ class Request:
                 f"no client half for route {self.message_type!r}; "
                 f"known: {', '.join(sorted(env.programs))}"
             )
-        program = env.programs[self.action].from_config(config).fitted(env.model.info)
         return Work(
-            program,
+            self.program,
             clients,
             int(cast(int, config.get("server-round", 0))),
             int(cast(int, config.get("seed", 0))),
-            self._start(program, self.content, clients)
+            self._start(self.content, clients)
             if self.own is None
-            else Each(clients.tolist(), lambda c: self._start_of(program, c)),
+            else Each(clients.tolist(), self._start_of),
             self._received(self.content)
             if self.own is None
             else Each(clients.tolist(), lambda c: self._received(self._sent(c))),
-            _Kept(self, {n: self._key(n) for n in program.keeps}, clients.tolist()),
+            _Kept(self, {n: self._key(n) for n in self.program.keeps}, clients.tolist()),
         )
 
     def _sent(self, client: int) -> RecordDict:
@@ -88,40 +98,49 @@ class Request:
 
     def _received(self, content: RecordDict) -> dict[str, Tensor]:
         """The vectors besides the model."""
-        layout = self.env.model.layout.trained
+        layout, opened = self.env.model.layout.trained, self.program.opens
         records = content.array_records
-        return {n: as_flat(r, layout).flat for n, r in records.items() if n != "arrays"}
+        return {n: as_flat(r, layout).flat for n, r in records.items() if n not in opened}
 
     def _key(self, name: str) -> str:
         return f"{self.action}.{name}"
 
-    def _start(
-        self, program: LocalProgram, content: RecordDict, clients: Ints
-    ) -> FlatRecord | Sequence[FlatRecord]:
-        """The model that was sent, completed by each client's private entries if it needs them."""
-        model, layout = content.array_records["arrays"], self.env.model.layout
-        if isinstance(model, FlatRecord) and model.layout is layout:
-            return model
-        missing, extra = set(layout.names) - set(model), set(model) - set(layout.names)
-        private = program.private(self.env.model.info)
-        if extra or (missing and missing != private):
-            raise RunError(
-                f"the received model has unexpected entries {sorted(extra)} and lacks "
-                f"{sorted(missing - private)}"
-            )
-        if not missing:
-            return as_flat(model, layout)
-        return Each(clients.tolist(), lambda client: self._completed(model, private, client))
+    def _start(self, content: RecordDict, clients: Ints) -> FlatRecord | Sequence[FlatRecord]:
+        """The model that was sent, opened by each client for itself where that makes a difference.
 
-    def _start_of(self, program: LocalProgram, client: int) -> FlatRecord:
-        start = self._start(program, self._sent(client), np.array([client]))
+        Raises:
+            FedsimError: it does not fit.
+        """
+        model, layout = content.array_records["arrays"], self.env.model.layout
+        program = self.program
+        if isinstance(model, FlatRecord) and model.layout is layout and not program.own_start:
+            return model
+        missing = set(layout.names) - set(model)
+        if program.own_start or missing & program.private(self.env.model.info):
+            return Each(clients.tolist(), lambda client: self._opened(content, client))
+        return self._opened(content, int(clients[0]) if len(clients) else 0)
+
+    def _start_of(self, client: int) -> FlatRecord:
+        start = self._start(self._sent(client), np.array([client]))
         return start if isinstance(start, FlatRecord) else start[0]
 
-    def _completed(self, model: ArrayRecord, private: frozenset[str], client: int) -> FlatRecord:
-        layout, initial = self.env.model.layout, self.env.model.initial()
-        own = self.context_of(client).state.array_records.get(self._key(PRIVATE))
-        mine = initial.state() if own is None else from_record(own)
-        whole = {n: mine[n] for n in private} | from_record(model)
+    def _opened(self, content: RecordDict, client: int) -> FlatRecord:
+        """The model that one client starts from."""
+        layout, initial, info = self.env.model.layout, self.env.model.initial(), self.env.model.info
+        private, mine = self.program.private(info), initial.state()
+        if private:
+            kept = self.context_of(client).state.array_records.get(self._key(PRIVATE))
+            mine |= {} if kept is None else from_record(kept)
+        config = content.config_records.get("config", ConfigRecord())
+        mail = Mail(
+            content.array_records,
+            {n: mine[n] for n in private},
+            initial,
+            int(cast(int, config.get("seed", 0))),
+            int(cast(int, config.get("server-round", 0))),
+            client,
+        )
+        whole = self.program.opened(info, mail)
         return FlatRecord(layout, layout.flatten(whole), {n: whole[n] for n in layout.beside})
 
     def finish(self, outcomes: Outcomes, lasting: bool = True) -> Block:
@@ -138,24 +157,26 @@ class Request:
             for client, vector in zip(clients, vectors, strict=True):
                 own = FlatRecord(trained, vector.clone())
                 self.context_of(client).state[self._key(name)] = own
-        if len(received) < len(layout.names):
-            shared = layout.restrict(frozenset(received))
-            private = layout.restrict(frozenset(layout.names) - frozenset(received))
-            flats, besides = _part(rows, beside, layout, private)
+        shapes = self.program.answers(self.env.model.info, shapes_of(received))
+        part = part_of(layout, shapes)
+        private = self.program.private(self.env.model.info) - set(part.names)
+        if private:
+            own_part = layout.restrict(private)
+            flats, besides = _part(rows, beside, layout, own_part)
             for i, client in enumerate(clients):
-                own = FlatRecord(private, flats[i].clone(), besides[i] if besides else None)
+                own = FlatRecord(own_part, flats[i].clone(), besides[i] if besides else None)
                 self.context_of(client).state[self._key(PRIVATE)] = own
-            rows, beside = _part(rows, beside, layout, shared)
-            layout = shared
-        if self.env.programs[self.action].replies == "delta":
+        if part is not layout:
+            rows, beside = _part(rows, beside, layout, part)
+        if self.program.replies == "delta":
             if self.own is None:
-                rows.sub_(as_flat(received, layout).flat)
+                rows.sub_(_base(received, layout, part))
             else:
                 for row, client in zip(rows, clients, strict=True):
-                    row.sub_(as_flat(self._sent(client).array_records["arrays"], layout).flat)
+                    row.sub_(_base(self._sent(client).array_records["arrays"], layout, part))
         return Block(
             np.array([node_of(c) for c in clients], np.int64),
-            {"arrays": layout, **dict.fromkeys(outcomes.sent, trained)},
+            {"arrays": part, **dict.fromkeys(outcomes.sent, trained)},
             {"arrays": rows, **outcomes.sent},
             {EXAMPLES: outcomes.num_examples, "steps": outcomes.num_steps, **outcomes.metrics},
             beside,
@@ -174,10 +195,14 @@ class Request:
 def _part(
     rows: Tensor, beside: list[dict[str, Tensor]], layout: Layout, part: Layout
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Some entries of models in rows."""
-    spans = [rows[:, layout.span(name)] for name in part.order]
-    flat = torch.cat(spans, 1) if spans else rows[:, :0].clone()
-    return flat, [{n: own[n] for n in part.beside} for own in beside]
+    """A part of models in rows."""
+    return narrowed(rows, layout, part), [{n: own[n] for n in part.beside} for own in beside]
+
+
+def _base(received: ArrayRecord, layout: Layout, part: Layout) -> Tensor:
+    """What an update is to be added to, as a vector of the part that goes back."""
+    sent = part_of(layout, shapes_of(received))
+    return narrowed(as_flat(received, sent).flat, sent, part if part != sent else sent)
 
 
 class _Kept(Mapping[int, Mapping[str, Tensor]]):
