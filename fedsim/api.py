@@ -22,6 +22,7 @@ from fedsim.core.events import Notice
 from fedsim.core.records import count_bytes
 from fedsim.core.text import tame
 from fedsim.journal import locked
+from fedsim.results.files import remove_leftovers, write_text
 from fedsim.runner import OnEvent, RunResult, Task, saved_config
 from fedsim.runtime.choose import Choice
 from fedsim.runtime.simulation import working_folder
@@ -256,9 +257,10 @@ def _claim(folder: Path, experiment: Experiment) -> None:
         if file.exists() and file.read_text() != wanted and any(folder.rglob("config.json")):
             raise RunError(f"{folder} holds another comparison; give another --out, or remove it")
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(wanted)
     except OSError as error:
         raise RunError(f"{folder} cannot be written to: {error.strerror}") from None
+    remove_leftovers(folder, *folder.glob("*_files"), *folder.glob("**/tune"))
+    write_text(file, wanted)
 
 
 def report(

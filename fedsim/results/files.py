@@ -89,10 +89,11 @@ def make_folder(path: Path) -> None:
         ) from error
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files that a killed writer left in `folder`."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(*folders: Path) -> None:
+    """Delete temporary files that a killed writer left in these folders, where they are there."""
+    for folder in folders:
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

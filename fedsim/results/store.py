@@ -48,7 +48,7 @@ class RunWriter:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         make_folder(self.path)
-        remove_leftovers(self.path)
+        remove_leftovers(self.path, self.path / "models", self.path / "artefacts")
         self._done: dict[str, tuple[Row, int, pa.Table]] = {}
 
     def write_config(self, config: Mapping[str, Any]) -> None:
