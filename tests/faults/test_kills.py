@@ -1,43 +1,43 @@
-"""Row 1: a run that is killed at any moment and resumed ends in the same bits."""
+"""Row 1: a run or a comparison that is killed at any moment goes on to the same bits."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.contract.rows import ROWS, Row
-from tests.faults.runs import digest
+from tests.contract.rows import Row
+from tests.faults.runs import MODELS, STRATEGIES, entry
 
 ROOT = Path(__file__).parents[2]
-STATEFUL = Row("scaffold")
+STATEFUL, ADAM = Row("scaffold"), Row("fedadam", {"eta": 0.01})
+FAMILIES = ("fedavg", "scaffold", "fedap", "fedkseed", "dfedsam", "fedit", "ditto")
+"""One model, control variates, clusters, seeds, gossip, adapters, personal models."""
+SOON = 5.0
+"""Seconds from a restart to the first dispatch."""
+STRACE = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+COMPARED = {
+    "experiment": {"name": "kill", "rounds": 2, "seeds": [3, 4]},
+    "tune": {"seeds": [9], "rounds": 1, "grid": {"train.lr": [0.1, 0.2]}},
+}
+"""Sections of a comparison, with tuning before it."""
 
 
-def kill(
-    rows: list[Row], points: int, seed: int, folder: Path, plant: str = "", only: str = ""
-) -> list[dict[str, Any]]:
-    """What `tests.faults.killer` found, one entry for each row."""
-    specs = [
-        {"id": r.id, "strategy": r.strategy, "params": dict(r.params), "train": dict(r.train)}
-        for r in rows
-    ]
-    job = {
-        "rows": specs,
-        "points": points,
-        "seed": seed,
-        "folder": str(folder),
-        "plant": plant,
-        "only": only,
-    }
+def kill(folder: Path, *jobs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `tests.faults.killer` found, by name of the job."""
+    for number, job in enumerate(jobs):
+        job |= {"folder": str(folder / str(number))}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.killer", json.dumps(job)],
+        [sys.executable, "-m", "tests.faults.killer", json.dumps(jobs)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "FL_CRASH_LOG": str(folder / "places")},
         capture_output=True,
@@ -45,70 +45,142 @@ def kill(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return {f["name"]: f for f in found}
 
 
-def test_fourteen_kills(tmp_path: Path) -> None:
-    for found in kill([STATEFUL, Row("fedadam", {"eta": 0.01})], 7, 1, tmp_path):
-        assert found["failures"] == []
-        assert found["tries"] == 7
-        assert found["slowest"] < 5
+def job(row: Row, points: int, seed: int, name: str = "", **more: Any) -> dict[str, Any]:
+    """Kills of one strategy."""
+    sections = {"model": MODELS[row.model]}
+    return {"name": name or row.strategy, "strategies": [entry(row)], "points": points,
+            "seed": seed, "sections": sections, **more}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("fault", "place"),
-    [
-        ("client states are not saved", "round.begin"),
-        ("the strategy's state is not saved", "round.begin"),
-        ("files are written in place", "half written"),
-    ],
-)
-def test_planted_fault_is_found(fault: str, place: str, tmp_path: Path) -> None:
-    [found] = kill([STATEFUL], 4, 2, tmp_path, plant=fault, only=place)
-    assert found["failures"]
+def compared(points: int, seed: int, name: str = "comparison", **more: Any) -> dict[str, Any]:
+    """Kills of a comparison."""
+    return {"name": name, "strategies": [entry(STATEFUL), entry(ADAM)], "points": points,
+            "seed": seed, "sections": COMPARED, **more}  # fmt: skip
+
+
+def test_kills(tmp_path: Path) -> None:
+    """Fourteen runs and three comparisons, killed at failpoints, system calls and moments."""
+    jobs = [
+        job(STATEFUL, 5, 1),
+        job(ADAM, 5, 2),
+        job(STATEFUL, 2, 3, "moments", how="moment"),
+        compared(3, 4),
+    ]
+    if shutil.which("strace"):
+        jobs.append(job(STATEFUL, 2, 5, "calls", how="call"))
+    found = kill(tmp_path, *jobs)
+    assert [f["failures"] for f in found.values()] == [[]] * len(jobs)
+    assert [f["tries"] for f in found.values()] == [j["points"] for j in jobs]
+
+
+def test_planted_faults_are_found(tmp_path: Path) -> None:
+    planted = [
+        job(STATEFUL, 2, 1, plant="client states are not saved", only="round.begin"),
+        job(STATEFUL, 2, 2, plant="the strategy's state is not saved", only="round.begin"),
+        job(STATEFUL, 3, 3, plant="files are written in place", only="half written"),
+        job(STATEFUL, 2, 4, plant="clients are counted again", only="round.begin"),
+        job(STATEFUL, 2, 5, plant="leftovers stay", only="file.temporary"),
+        compared(4, 6, plant="a comparison's files are written in place", only="torn"),
+    ]
+    for each in planted:
+        each["name"] = each["plant"]
+    missed = [name for name, found in kill(tmp_path, *planted).items() if not found["failures"]]
+    assert not missed
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("row", {r.strategy: r for r in ROWS}.values(), ids=lambda r: r.strategy)
+@pytest.mark.parametrize("row", STRATEGIES, ids=lambda r: r.strategy)
 def test_row_1(row: Row, tmp_path: Path, scorecard: Callable[..., None]) -> None:
     """50 kills of every strategy."""
-    [found] = kill([row], 50, 100, tmp_path)
-    scorecard("1", f"kills, {row.strategy}", found["tries"], len(found["failures"]))
+    [found] = kill(tmp_path, job(row, 50, 100)).values()
+    scorecard("1", f"kills at failpoints, {row.strategy}", found["tries"], len(found["failures"]))
     assert found["failures"] == []
     assert found["tries"] == 50
-    assert found["slowest"] < 5
+    assert found["slowest"] < SOON
 
 
-RUN = """
-import sys
-from pathlib import Path
-from fedsim import api
-from fedsim.runner import Task
-from tests.faults.runs import experiment
-made = experiment({"name": "scaffold"})
-api.execute(Task(made, made.strategy[0], 3, Path(sys.argv[1])))
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+@STRACE
+@pytest.mark.parametrize("name", FAMILIES)
+def test_row_1_by_system_call(name: str, tmp_path: Path, scorecard: Callable[..., None]) -> None:
+    """The same from outside: the kernel kills the process at a write, an fsync, a rename, ..."""
+    row = next(r for r in STRATEGIES if r.strategy == name)
+    [found] = kill(tmp_path, job(row, 50, 200, how="call")).values()
+    scorecard("1", f"kills at system calls, {name}", found["tries"], len(found["failures"]))
+    assert found["failures"] == []
+    assert found["tries"] == 50
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("how", ["failpoint", "moment", pytest.param("call", marks=STRACE)])
+def test_row_1_comparisons(how: str, tmp_path: Path, scorecard: Callable[..., None]) -> None:
+    """Whole comparisons with tuning: runs, tables and reports are the same in every byte."""
+    [found] = kill(tmp_path, compared(50, 300, how=how)).values()
+    what = {"failpoint": "failpoints", "moment": "random moments", "call": "system calls"}[how]
+    scorecard("1", f"kills of a comparison at {what}", found["tries"], len(found["failures"]))
+    assert found["failures"] == []
+    assert found["tries"] == 50
+
+
+# --------------------------------------------------------------------------- from the command line
+
+FILE = """
+experiment = { name = "restart", rounds = 3, seeds = [3] }
+data = { dataset = "digits", clients = 9, central_test_fraction = 0.6 }
+model = "logistic"
+train = { max_steps = 3 }
+strategy = [{ name = "scaffold" }]
 """
 
 
+def fedsim(*arguments: object, **env: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "fedsim", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def restart(folder: Path) -> float:
+    """Kill `fedsim run` in its second round; seconds of `fedsim resume` to its first dispatch."""
+    folder.mkdir()
+    (folder / "run.toml").write_text(FILE)
+    log = folder / "places"
+    begun = ["run", folder / "run.toml", "--out", folder / "run"]
+    killed = fedsim(*begun, FL_CRASH_AT="30", FL_CRASH_LOG=str(log))
+    assert killed.wait(100) == -9
+    log.unlink()
+    start = time.monotonic()
+    again = fedsim("resume", folder / "run", FL_CRASH_LOG=str(log))
+    while not log.exists() or "round.sampled" not in log.read_text():
+        assert again.poll() is None
+        time.sleep(0.01)
+    seconds = time.monotonic() - start
+    assert again.wait(100) == 0
+    return seconds
+
+
+def test_restart_from_the_command_line(tmp_path: Path) -> None:
+    restart(tmp_path / "run")
+    assert '"finished"' in (tmp_path / "run" / "run" / "status.json").read_text()
+
+
 @pytest.mark.faults
-@pytest.mark.timeout(3600)
-@pytest.mark.skipif(shutil.which("strace") is None, reason="a cross-check that needs strace")
-def test_row_1_by_system_call(tmp_path: Path, scorecard: Callable[..., None]) -> None:
-    """The same from outside: the kernel kills the process at its n-th rename or fsync."""
-
-    def run(folder: Path, *before: str) -> int:
-        command = [*before, sys.executable, "-c", RUN, str(folder)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True).returncode
-
-    assert run(tmp_path / "whole") == 0
-    wanted, failures = digest(tmp_path / "whole"), 0
-    places = [(call, n) for call in ("rename", "fsync") for n in (1, 3, 6, 10, 15)]
-    for call, n in places:
-        folder = tmp_path / f"{call}-{n}"
-        inject = f"inject={call}:signal=SIGKILL:when={n}"
-        assert run(folder, "strace", "-f", "-o", os.devnull, "-e", f"trace={call}", "-e", inject)
-        failures += run(folder) != 0 or digest(folder) != wanted
-    scorecard("1", "kills at a system call", len(places), failures)
-    assert failures == 0
+@pytest.mark.timeout(1200)
+def test_row_1_restart(tmp_path: Path, scorecard: Callable[..., None]) -> None:
+    """From `fedsim resume`, imports and all, until clients are asked; meant for a quiet machine."""
+    seconds = [restart(tmp_path / str(n)) for n in range(20)]
+    shown = f"median {statistics.median(seconds):.1f} s, slowest {max(seconds):.1f} s"
+    late = sum(s > SOON for s in seconds)
+    scorecard("1", f"restarts to the first dispatch ({shown})", len(seconds), late)
+    assert late == 0
