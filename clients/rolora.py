@@ -7,8 +7,9 @@ from typing import Any, Self
 
 import torch
 
-from fedsim.core.lora.serving import mask, where
+from fedsim.core.lora.serving import halves, mask, where
 from fedsim.core.model import ModelInfo
+from fedsim.core.parts import Shapes
 from fedsim.core.program import Batch, LocalProgram, LocalState
 
 
@@ -27,6 +28,11 @@ class RoLoRA(LocalProgram):
     def fitted(self, info: ModelInfo) -> Self:
         """Learn where the frozen factor lies."""
         return replace(self, frozen=where(info, "a" if self.trains == "b" else "b"))
+
+    def answers(self, info: ModelInfo, sent: Shapes) -> Shapes:
+        """All but the frozen factor."""
+        frozen = {pair["ba".index(self.trains)] for pair in halves(info).values()}
+        return {n: shape for n, shape in sent.items() if n not in frozen}
 
     def step(self, s: LocalState, batch: Batch) -> None:
         """A step that leaves the frozen factor where it was."""

@@ -18,7 +18,8 @@ class FlexLoRA(LoRAStrategy):
     ranks; here they are.
 
     Args:
-        ranks: of the clients, in turn: client c has ``ranks[c % len(ranks)]``. None: the model's.
+        ranks: of the clients: a list, dealt in turn, or a table by device profile. None: the
+            model's.
         weighted: weigh clients by their number of examples.
     """
 

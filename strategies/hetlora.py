@@ -25,7 +25,8 @@ class HetLoRA(LoRAStrategy):
     the factor of pruning is second-hand. ``gamma = 1`` prunes nothing.
 
     Args:
-        ranks: of the clients at first, in turn; None: the model's.
+        ranks: of the clients at first: a list, dealt in turn, or a table by device profile. None:
+            the model's.
         gamma: share of the ranks before the tail, in (0, 1].
         penalty: the paper's lambda.
 
@@ -36,7 +37,10 @@ class HetLoRA(LoRAStrategy):
     client = "hetlora"
 
     def __init__(
-        self, ranks: list[int] | None = None, gamma: float = 0.99, penalty: float = 0.001
+        self,
+        ranks: list[int] | dict[str, int] | None = None,
+        gamma: float = 0.99,
+        penalty: float = 0.001,
     ) -> None:
         super().__init__(ranks, weighted=True)
         require(0 < gamma <= 1, "gamma", gamma, "above 0 and at most 1")
@@ -59,7 +63,7 @@ class HetLoRA(LoRAStrategy):
             if isinstance(left, (int, float)) and 1 <= left < self.rank_of(node):
                 self.pruned[node] = int(left)
         nodes = [self.rank_of(n) for n in reported]
-        self.facts = {"rank_mean": sum(nodes) / len(nodes)}
+        self.facts["rank_mean"] = sum(nodes) / len(nodes)
 
     def merge(
         self, server_round: int, adapters: Sequence[Adapter], weights: Sequence[float], rank: int

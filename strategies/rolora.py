@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from flwr.app import ArrayRecord, RecordDict
+
 from fedsim.core.lora import Adapter, Factors, rolora, trained_factor
 from fedsim.core.lora.serving import LoRAStrategy
+from fedsim.core.records import Layout, from_record
 
 
 class RoLoRA(LoRAStrategy):
@@ -15,8 +18,8 @@ class RoLoRA(LoRAStrategy):
     Chen et al., *Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA* (arXiv
     2502.01755), after an audit of its supplement; that A is frozen first is second-hand. With one
     factor common to all, the mean of the other gives the mean of the updates, exactly. Rounds
-    decide whose turn it is, not a step counter as in the supplement. Here the frozen factor
-    travels too, so that clients may miss rounds: bytes are twice the paper's.
+    decide whose turn it is, not a step counter as in the supplement. Only the factor that was
+    trained goes back. Both are sent out, so that clients may miss rounds.
 
     Args:
         weighted: weigh clients by their number of examples.
@@ -31,15 +34,23 @@ class RoLoRA(LoRAStrategy):
         """Which factor is trained."""
         return {"trains": trained_factor(server_round)}
 
+    def answer(self, sent: RecordDict) -> Layout:
+        """All but the frozen factor."""
+        whole = super().answer(sent)
+        frozen = self._frozen(str(sent.config_records["config"]["trains"]))
+        return whole.restrict(frozenset(whole.names) - frozen)
+
+    def _frozen(self, trains: str) -> frozenset[str]:
+        return frozenset(pair["ba".index(trains)] for pair in self.modules.values())
+
+    def adapter_of(self, record: ArrayRecord) -> dict[str, Factors]:
+        """The factor that was trained, and the server's frozen one."""
+        assert self.sent is not None, "call configure_train() first"
+        state = from_record(self.sent) | from_record(record)
+        return {m: Factors(state[a], state[b]) for m, (a, b) in self.modules.items()}
+
     def merge(
         self, server_round: int, adapters: Sequence[Adapter], weights: Sequence[float], rank: int
     ) -> Adapter:
         """The mean of the factor that was trained, and the frozen one."""
-        assert self.sent is not None, "call configure_train() first"
-        base, b = self.adapter_of(self.sent, rank), trained_factor(server_round) == "b"
-        # Whatever a client sends as the frozen factor, it is the server's.
-        shared = [
-            {m: Factors(base[m].a if b else f.a, f.b if b else base[m].b) for m, f in own.items()}
-            for own in adapters
-        ]
-        return rolora(shared, weights, server_round)
+        return rolora(adapters, weights, server_round)

@@ -54,10 +54,12 @@ def narrowed(rows: Tensor, layout: Layout, part: Layout) -> Tensor:
     if part is layout:
         return rows
     shapes, lead = dict(zip(part.names, part.shapes, strict=True)), rows.shape[:-1]
-    pieces = [
-        layout.view(rows, n)[(..., *(slice(s) for s in shapes[n]))].reshape(*lead, -1)
-        for n in part.order
-    ]
+    pieces = []
+    for name in part.order:
+        piece = layout.view(rows, name)
+        for axis, length in enumerate(shapes[name], len(lead)):
+            piece = piece.narrow(axis, 0, length)
+        pieces.append(piece.reshape(*lead, -1))
     return torch.cat(pieces, -1) if pieces else rows[..., :0].clone()
 
 

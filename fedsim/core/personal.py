@@ -75,8 +75,9 @@ class Shared(Unaided):
 
     def shared(self, arrays: ArrayRecord) -> FlatRecord:
         """The shared entries of a model, or of a saved one that has only these."""
-        whole = self.setting.info.layout
-        layout = whole.restrict(frozenset(whole.names) - self.private(self.setting.info))
+        info = self.setting.info
+        whole = info.layout
+        layout = whole.restrict(frozenset(whole.names) - self.private(info) - info.still)
         if isinstance(arrays, FlatRecord) and arrays.layout == layout:
             return arrays
         state: Mapping[str, Tensor] = from_record(arrays)

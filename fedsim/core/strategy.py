@@ -51,6 +51,7 @@ class Setting:
         evaluate: for diagnostics, where the server can evaluate models; on a node's data it uses
             the held-out examples, or the training examples where there are none.
         initial: the initial model, which every client can make for itself; read-only.
+        devices: name of the device profile of each client; empty where the server does not know.
     """
 
     info: ModelInfo
@@ -59,6 +60,7 @@ class Setting:
     rounds: int
     evaluate: Evaluate | None = None
     initial: ArrayRecord | None = None
+    devices: tuple[str, ...] = ()
 
 
 class Strategy(FlowerStrategy):

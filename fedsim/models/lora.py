@@ -4,46 +4,87 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.core.errors import ConfigError, require
-from fedsim.core.text import did_you_mean
+from fedsim.core.text import did_you_mean, tame
 from fedsim.data.arguments import call
 from fedsim.data.federated import FederatedData
 from fedsim.registry import resolve
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its update: ``W x + bias + scaling * B (A x)``.
+    """A frozen linear layer and its update: ``W x + bias + scaling * (B A + D) x``.
 
     Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, ICLR 2022. A starts uniform
-    (as peft's), B at zero.
+    (as peft's), B at zero. D is what a server has merged into the layer so far; it starts at zero
+    and is not trained.
 
     Args:
-        base: the layer; it is frozen.
+        base: the layer, an `nn.Linear` or transformers' `Conv1D`; it is frozen.
         rank: of the update.
         scaling: alpha / rank.
+        delta: whether there is a D.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, scaling: float) -> None:
+    still = ("delta", "merged")
+    """What only a server changes: D, and the number of the last merge in it."""
+
+    delta: Tensor | None
+    merged: Tensor | None
+
+    def __init__(self, base: nn.Module, rank: int, scaling: float, delta: bool = False) -> None:
         super().__init__()
         self.base, self.scaling = base.requires_grad_(False), scaling
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
+        width, out = sizes(base)
+        self.lora_A = nn.Parameter(torch.empty(rank, width))
+        self.lora_B = nn.Parameter(torch.zeros(out, rank))
+        self.register_buffer("delta", torch.zeros(out, width) if delta else None)
+        self.register_buffer("merged", torch.zeros(1) if delta else None)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        update: Tensor = F.linear(F.linear(x, self.lora_A), self.lora_B)
-        return self.base(x) + self.scaling * update
+        known: Tensor = self.base(x)
+        x = x.to(self.lora_A.dtype)
+        update = F.linear(F.linear(x, self.lora_A), self.lora_B)
+        if self.delta is not None:
+            update = update + F.linear(x, self.delta)
+        return known + (self.scaling * update).to(known.dtype)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer is a matrix product that can have an update."""
+    return isinstance(module, nn.Linear) or transposed(module)
+
+
+def transposed(module: nn.Module) -> bool:
+    """Whether it is transformers' `Conv1D`: a linear layer whose weight is [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def sizes(layer: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    width, out = layer.get_parameter("weight").shape
+    return width, out
 
 
 def adapt(
-    module: nn.Module, rank: int, scaling: float, targets: Sequence[str] = (), head: bool = False
+    module: nn.Module,
+    rank: int,
+    scaling: float,
+    targets: Sequence[str] = (),
+    head: bool = False,
+    delta: bool = False,
 ) -> nn.Module:
     """Freeze a module and give its linear layers low-rank updates.
 
@@ -53,11 +94,12 @@ def adapt(
         scaling: of every update.
         targets: names of layers, or their last parts; none means every linear layer.
         head: the last linear layer is trained whole instead.
+        delta: layers can have updates merged into them; see `LoRALinear`.
 
     Raises:
         ConfigError: no linear layer, or a target that is none.
     """
-    linear = [name for name, m in module.named_modules() if isinstance(m, nn.Linear)]
+    linear = [name for name, m in module.named_modules() if is_linear(m)]
     if not linear:
         raise ConfigError("model = lora needs a base with linear layers")
     for target in targets:
@@ -69,14 +111,13 @@ def adapt(
     module.requires_grad_(False)
     for name in linear:
         layer = module.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
         if head and name == linear[-1]:
             layer.requires_grad_(True)
         elif not targets or any(_named(name, t) for t in targets):
             if not name:
-                return LoRALinear(layer, rank, scaling)
+                return LoRALinear(layer, rank, scaling, delta)
             parent, _, last = name.rpartition(".")
-            setattr(module.get_submodule(parent), last, LoRALinear(layer, rank, scaling))
+            setattr(module.get_submodule(parent), last, LoRALinear(layer, rank, scaling, delta))
     return module
 
 
@@ -92,11 +133,14 @@ def lora(
     alpha: float = 16.0,
     targets: Sequence[str] = (),
     head: bool = False,
+    delta: bool = False,
+    weights: str | None = None,
     base_params: dict[str, Any] | None = None,
 ) -> nn.Module:
     """LoRA on the linear layers of another model, whose own weights are frozen.
 
-    The base has the weights of the run's seed, and only the updates travel.
+    The base has the weights of the run's seed, or those of a run that trained it whole, and only
+    the updates travel.
 
     Args:
         data: passed on to the base.
@@ -107,7 +151,14 @@ def lora(
             lower rank has a lower alpha in proportion.
         targets: names of layers, or last parts of names; none means every linear layer.
         head: train the last linear layer whole.
+        delta: the strategy may merge updates into the base (flora, fedex_lora, two modes of
+            lora_lego). Other LoRA strategies leave that out of their messages.
+        weights: folder of a finished run of that base, or a ``.safetensors`` file, whose weights
+            the base begins with; None: those of the seed.
         base_params: parameters of the base.
+
+    Raises:
+        ConfigError: a value is not allowed, or the weights are not those of such a base.
     """
     require(rank >= 1, "model.rank", rank, "1 or above")
     require(alpha > 0, "model.alpha", alpha, "above 0")
@@ -115,4 +166,36 @@ def lora(
         resolve("models", base), "model.base_params", base_params or {}, data=data, seed=seed,
         input_shape=data.input_shape, num_outputs=data.num_outputs,
     )  # fmt: skip
-    return adapt(module, rank, alpha / rank, targets, head)
+    if weights is not None:
+        load_weights(module, weights)
+    return adapt(module, rank, alpha / rank, targets, head, delta)
+
+
+def load_weights(module: nn.Module, place: str) -> None:
+    """Give a module the weights of a run.
+
+    Args:
+        module: changed in place.
+        place: the run's folder, or a ``.safetensors`` file.
+
+    Raises:
+        ConfigError: there are none, or they are another model's.
+    """
+    path = Path(place).expanduser()
+    file = path / "model.safetensors" if path.is_dir() else path
+    try:
+        state = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"model.weights = {place!r} cannot be read ({tame(str(error))}); it must be a finished "
+            "run's folder or a .safetensors file"
+        ) from None
+    own = module.state_dict()
+    wrong = {n for n, t in own.items() if n not in state or state[n].shape != t.shape}
+    wrong |= set(state) - set(own)
+    if wrong:
+        raise ConfigError(
+            f"model.weights = {place!r} are those of another model: {', '.join(sorted(wrong)[:3])} "
+            "differ; model.base_params and data must be as in that run"
+        )
+    module.load_state_dict(state)

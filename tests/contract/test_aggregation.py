@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedsim.core.averaging import EXAMPLES, metrics_of
 from fedsim.core.packing import pack, unpack
-from fedsim.core.records import as_flat
+from fedsim.core.records import as_flat, from_record, to_record
 from fedsim.core.strategy import Strategy
 from fedsim.federation import Federation, Progress
 from tests.contract import toy
@@ -52,8 +52,8 @@ def client_model(fed: Federation, sent: ArrayRecord, content: RecordDict) -> Arr
     """The client's model in a reply: what it sent, or what it was sent plus its update."""
     reply = as_flat(content.array_records["arrays"])
     (program,) = fed.env.programs.values()
-    if program.replies == "model":
-        return reply
+    if program.replies == "model":  # what it left out is as it was sent
+        return to_record(from_record(sent) | from_record(reply))
     return reply.with_flat(as_flat(sent, reply.layout).flat + reply.flat)
 
 

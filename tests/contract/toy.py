@@ -85,7 +85,8 @@ def federated(
 
 def module(kind: str = "softmax", dtype: torch.dtype = torch.float32) -> nn.Module:
     """A seeded model: ``"softmax"`` regression, an ``"mlp"``, one with BatchNorm,
-    ``"bn"``, or the ``"mlp"`` with low-rank updates, ``"lora"``.
+    ``"bn"``, or the ``"mlp"`` with low-rank updates, ``"lora"``, that may be merged into its
+    base, ``"lora_delta"``.
 
     A ``"line"`` through the origin has one input, one output, and slope 1/2.
     """
@@ -99,6 +100,12 @@ def module(kind: str = "softmax", dtype: torch.dtype = torch.float32) -> nn.Modu
             "mlp": lambda: nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES)),
             "lora": lambda: adapt(
                 nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES)), 2, 2.0
+            ),
+            "lora_delta": lambda: adapt(
+                nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES)),
+                2,
+                2.0,
+                delta=True,
             ),
             "bn": lambda: nn.Sequential(
                 nn.Linear(FEATURES, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, CLASSES)

@@ -7,7 +7,7 @@ the adapters is one module's, and no product ``B @ A`` is ever made dense unless
 
 from __future__ import annotations
 
-from fedsim.core.lora.factors import Adapter, Factors, compact_svd, scaling_of, truncated
+from fedsim.core.lora.factors import Adapter, Factors, compact_svd, compacted, scaling_of, truncated
 from fedsim.core.lora.federated import (
     fedex,
     fedit,
@@ -28,6 +28,7 @@ __all__ = [
     "Lego",
     "Merged",
     "compact_svd",
+    "compacted",
     "dare",
     "ensemble",
     "fedex",

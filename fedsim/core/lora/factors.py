@@ -178,3 +178,18 @@ def truncated(factors: Factors, rank: int) -> Factors:
         a = torch.cat([a, a.new_zeros(lacking, a.shape[1])])
         b = torch.cat([b, b.new_zeros(b.shape[0], lacking)], 1)
     return Factors(a, b, factors.scaling)
+
+
+def compacted(factors: Factors, rank: int | None = None) -> Factors:
+    """The same update, of no more ranks than its matrix can have; scaling 1.
+
+    Args:
+        factors: the update.
+        rank: cut it to so many, the best approximation; None: exact.
+    """
+    most = min(factors.a.shape[1], factors.b.shape[0])
+    wanted = most if rank is None else min(rank, most)
+    if factors.rank <= wanted:
+        return Factors(factors.a * factors.scaling, factors.b)
+    u, s, vt = compact_svd(factors)
+    return truncated(Factors(vt, u * s), wanted)

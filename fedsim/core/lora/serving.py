@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedsim.core.averaging import Mean, MetricMean, examples_of, metrics_of
-from fedsim.core.errors import ConfigError, require
+from fedsim.core.errors import ConfigError
 from fedsim.core.lora.factors import Adapter, Factors, truncated
+from fedsim.core.lora.ranks import Ranks
 from fedsim.core.model import ModelInfo
-from fedsim.core.nodes import client_at, node_of
-from fedsim.core.records import FlatRecord, as_flat, from_record
+from fedsim.core.nodes import node_of
+from fedsim.core.parts import narrow, part_of, widened
+from fedsim.core.records import FlatRecord, Layout, as_flat, from_record
 from fedsim.core.strategy import Aggregate, Served, Setting, Strategy
 
-A, B = ".lora_A", ".lora_B"
+_A = re.compile(r"(?:(.+)\.)?lora_A(\.\w+\.weight)?")
+"""Names of our factors, and of peft's."""
 
 
 def halves(info: ModelInfo) -> dict[str, tuple[str, str]]:
     """Names of the entries A and B of each adapted module, by its path."""
-    names = {f".{n}": n for n in info.layout.names}
-    paths = [n.removesuffix(A) for n in names if n.endswith(A)]
-    return {p.removeprefix("."): (names[p + A], names[p + B]) for p in paths if p + B in names}
+    names, found = set(info.layout.names), {}
+    for name in info.layout.names:
+        if (match := _A.fullmatch(name)) is not None:
+            other = name.removesuffix(f"lora_A{match[2] or ''}") + f"lora_B{match[2] or ''}"
+            if other in names:
+                found[match[1] or ""] = (name, other)
+    return found
 
 
 def require_lora(info: ModelInfo, who: str) -> dict[str, tuple[str, str]]:
@@ -47,12 +55,16 @@ class LoRAStrategy(Strategy):
     and what else is trainable (a head) is averaged by examples. All updates have one scaling,
     which therefore needs no folding.
 
-    A client may have a lower rank than the model: then it is sent an adapter whose further ranks
-    are zero in both factors. Their gradients are zero too, so local training leaves them zero. On
-    the wire they are still there: bytes are those of the model's rank.
+    A client may have a lower rank r than the model: it is sent r rows of A and r columns of B and
+    sends as many. Where it trains, the model's further ranks are zero in both factors; so are
+    their gradients, and local training leaves them zero.
+
+    Column ``mean_gap`` of the results is the distance of the merged update to the exact mean of
+    the clients' updates, relative to it (Frobenius norms over all modules together).
 
     Args:
-        ranks: of the clients, in turn: client c has ``ranks[c % len(ranks)]``. None: the model's.
+        ranks: of the clients: a list, dealt in turn (client c has ``ranks[c % len(ranks)]``), or
+            a table by device profile (`[clock]`). None: the model's.
         weighted: weigh clients by their number of examples.
 
     Raises:
@@ -61,9 +73,10 @@ class LoRAStrategy(Strategy):
 
     client = "fedavg"
 
-    def __init__(self, ranks: list[int] | None = None, weighted: bool = True) -> None:
-        require(ranks is None or (bool(ranks) and min(ranks) >= 1), "ranks", ranks, "1 or above")
-        self.ranks, self.weighted = ranks, weighted
+    def __init__(
+        self, ranks: list[int] | dict[str, int] | None = None, weighted: bool = True
+    ) -> None:
+        self.ranks, self.weighted = Ranks(ranks), weighted
         self.smaller: dict[int, FlatRecord] = {}
         self.facts: dict[str, float] = {}
         self.sent: ArrayRecord | None = None
@@ -76,26 +89,45 @@ class LoRAStrategy(Strategy):
         """
         super().setup(setting)
         self.modules = require_lora(setting.info, type(self).__name__)
-        shapes = dict(zip(setting.info.layout.names, setting.info.layout.shapes, strict=True))
-        self.rank = max(shapes[a][0] for a, _ in self.modules.values())
-        most = max(self.ranks or [1])
-        require(most <= self.rank, "ranks", most, f"at most the model's rank {self.rank}")
+        layout = setting.info.layout
+        self.shapes = dict(zip(layout.names, layout.shapes, strict=True))
+        self.rank = max(self.shapes[a][0] for a, _ in self.modules.values())
+        self.ranks.check(self.rank, setting)
+        factors = {n for pair in self.modules.values() for n in pair}
+        others = frozenset(layout.names) - factors - setting.info.still
+        self.rest = layout.restrict(others)
+        self._parts: dict[int, Layout] = {}
 
     def rank_of(self, node: int) -> int:
         """The rank of a node's adapter."""
-        return self.ranks[client_at(node) % len(self.ranks)] if self.ranks else self.rank
+        return self.ranks.of(node, self.rank)
 
     def told(self, server_round: int, rank: int) -> dict[str, Any]:
         """Configuration for clients of a rank in one round, besides `client_config`."""
         return {}
 
-    def adapter_of(self, record: ArrayRecord, rank: int) -> dict[str, Factors]:
-        """The first ranks of a record's adapter."""
+    def part(self, rank: int) -> Layout:
+        """The layout of what a client of that rank holds: its adapter, and the rest."""
+        if rank not in self._parts:
+            shapes = dict(zip(self.rest.names, self.rest.shapes, strict=True))
+            for a, b in self.modules.values():
+                shapes[a] = (min(rank, self.shapes[a][0]), self.shapes[a][1])
+                shapes[b] = (self.shapes[b][0], min(rank, self.shapes[b][1]))
+            self._parts[rank] = part_of(self.setting.info.layout, shapes)
+        return self._parts[rank]
+
+    def answer(self, sent: RecordDict) -> Layout:
+        """The layout of the model that the reply to this message carries."""
+        return as_flat(sent.array_records["arrays"]).layout
+
+    def expected(self, sent: RecordDict) -> Mapping[str, ArrayRecord]:
+        """The model alone, in the layout of `answer`."""
+        return {"arrays": FlatRecord(self.answer(sent), torch.empty(0))}
+
+    def adapter_of(self, record: ArrayRecord) -> dict[str, Factors]:
+        """A record's adapter."""
         state = from_record(record)
-        return {
-            m: truncated(Factors(state[a], state[b]), min(rank, state[a].shape[0]))
-            for m, (a, b) in self.modules.items()
-        }
+        return {m: Factors(state[a], state[b]) for m, (a, b) in self.modules.items()}
 
     def with_adapter(self, record: FlatRecord, adapter: Adapter) -> FlatRecord:
         """A record with these factors, zero ranks behind them."""
@@ -107,59 +139,111 @@ class LoRAStrategy(Strategy):
                 record.layout.view(flat, name).copy_(tensor)
         return record.with_flat(flat)
 
-    def record_for(self, rank: int, arrays: ArrayRecord) -> ArrayRecord:
-        """What a client of that rank is sent."""
+    def whole(self, rank: int, arrays: ArrayRecord) -> FlatRecord:
+        """The whole model for clients of that rank, with zeros behind their ranks."""
+        held = as_flat(arrays, self.setting.info.layout)
         if rank >= self.rank:
-            return arrays
+            return held
         if rank in self.smaller:
             return self.smaller[rank]
-        return self.with_adapter(as_flat(arrays), self.adapter_of(arrays, rank))
+        adapter = {m: truncated(f, min(rank, f.rank)) for m, f in self.adapter_of(held).items()}
+        return self.with_adapter(held, adapter)
+
+    def record_for(self, rank: int, arrays: ArrayRecord) -> FlatRecord:
+        """What a client of that rank is sent."""
+        return narrow(self.whole(rank, arrays), self.part(rank))
+
+    def share(self, node: int) -> Any:
+        """What nodes have in common who are sent the same."""
+        return self.rank_of(node)
+
+    def records(self, node: int, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
+        """What a node is sent, and all with the same `share`."""
+        return {"arrays": self.record_for(self.rank_of(node), arrays)}
+
+    def messages(
+        self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Sequence[Message]:
+        """To every node of the grid what belongs to its rank, one broadcast for all who share."""
+        groups: dict[Any, list[int]] = {}
+        for node in sorted(grid.get_node_ids()):
+            groups.setdefault(self.share(node), []).append(node)
+        parts = []
+        for nodes in groups.values():
+            rank = self.rank_of(nodes[0])
+            content = {**self.records(nodes[0], arrays), **self.client_arrays()}
+            told = {**config, "server-round": server_round, **self.told(server_round, rank)}
+            parts.append(self.broadcast(kind, content, told, nodes))
+        return parts[0] if len(parts) == 1 else [m for part in parts for m in part]
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Sequence[Message]:
         """Send every node the adapter of its rank."""
         self.sent = arrays
-        groups: dict[int, list[int]] = {}
-        for node in sorted(grid.get_node_ids()):
-            groups.setdefault(self.rank_of(node), []).append(node)
-        parts = [
-            self.broadcast(
-                "train",
-                {"arrays": self.record_for(rank, arrays), **self.client_arrays()},
-                {**config, "server-round": server_round, **self.told(server_round, rank)},
-                nodes,
-            )
-            for rank, nodes in groups.items()
-        ]
-        return parts[0] if len(parts) == 1 else [m for part in parts for m in part]
+        return self.messages("train", server_round, arrays, config, grid)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Sequence[Message]:
+        """As for training."""
+        return self.messages("evaluate", server_round, arrays, config, grid)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
         """The merged adapter, one for each rank there is; the rest of the model is averaged."""
-        mean, metrics = Mean(), MetricMean()
+        rest, metrics = Mean(), MetricMean()
         adapters: list[Adapter] = []
         weights: list[float] = []
         reported: dict[int, MetricRecord] = {}
         for reply in replies:
-            node, record = reply.metadata.src_node_id, reply.content.array_records["arrays"]
+            record = reply.content.array_records["arrays"]
             weight = examples_of(reply.content) if self.weighted else 1.0
-            mean.add(record, weight)
+            state = from_record(record)
+            beside = {n: state[n] for n in self.rest.beside}
+            rest.add(FlatRecord(self.rest, self.rest.flatten(state), beside), weight)
             metrics.add(metrics_of(reply.content), weight)
-            adapters.append(self.adapter_of(record, self.rank_of(node)))
+            adapters.append(self.adapter_of(record))
             weights.append(weight)
-            reported[node] = metrics_of(reply.content)
-        held = mean.record()
-        if held is None:
+            reported[reply.metadata.src_node_id] = metrics_of(reply.content)
+        mean = rest.record()
+        if mean is None or self.sent is None:
             return None, None
+        self.facts = {}
         self.heard(reported)
-        found = self.with_adapter(held, self.merge(server_round, adapters, weights, self.rank))
+        found = self.onward(server_round, mean, adapters, weights)
+        return found, MetricRecord({**metrics.record(), **self.facts})
+
+    def onward(
+        self,
+        server_round: int,
+        rest: FlatRecord,
+        adapters: Sequence[Adapter],
+        weights: Sequence[float],
+    ) -> FlatRecord:
+        """The model after a round, from the clients' adapters and the mean of everything else."""
+        merged = self.merge(server_round, adapters, weights, self.rank)
+        self.facts["mean_gap"] = mean_gap(merged, adapters, weights)
+        found = self.with_adapter(self.with_rest(rest), merged)
         nodes = map(node_of, range(self.setting.num_clients))
         others = {self.rank_of(n) for n in nodes} - {self.rank}
         self.smaller = {
             r: self.with_adapter(found, self.shrunk(server_round, adapters, weights, r, found))
             for r in sorted(others)
         }
-        return found, MetricRecord({**metrics.record(), **self.facts})
+        return found
+
+    def with_rest(self, rest: FlatRecord) -> FlatRecord:
+        """The model that was sent, with new values of all that is no factor."""
+        assert self.sent is not None, "call configure_train() first"
+        held = as_flat(self.sent, self.setting.info.layout)
+        flat, beside = held.flat.clone(), dict(held.beside)
+        for name, tensor in rest.state().items():
+            if name in beside:
+                beside[name] = tensor
+            else:
+                view = held.layout.view(flat, name)
+                view.copy_(widened(tensor, view.shape))
+        return held.with_flat(flat, beside)
 
     def heard(self, reported: Mapping[int, MetricRecord]) -> None:
         """What the clients reported, by node, before their adapters are merged."""
@@ -175,7 +259,7 @@ class LoRAStrategy(Strategy):
         rank: int, merged: FlatRecord,
     ) -> Adapter:  # fmt: skip
         """The adapter for clients of a lower rank; default: the first ranks of the merged one."""
-        return self.adapter_of(merged, rank)
+        return {m: truncated(f, min(rank, f.rank)) for m, f in self.adapter_of(merged).items()}
 
     def models(self, arrays: ArrayRecord) -> dict[str, Served]:
         """One for each rank there is."""
@@ -184,7 +268,7 @@ class LoRAStrategy(Strategy):
             nodes.setdefault(self.rank_of(node_of(client)), []).append(node_of(client))
         if set(nodes) == {self.rank}:
             return {"model": Served(arrays)}
-        return {f"rank-{r}": Served(self.record_for(r, arrays), nodes[r]) for r in sorted(nodes)}
+        return {f"rank-{r}": Served(self.whole(r, arrays), nodes[r]) for r in sorted(nodes)}
 
     def state_dict(self) -> dict[str, Any]:
         """The adapters of lower ranks."""
@@ -197,6 +281,23 @@ class LoRAStrategy(Strategy):
         beside = as_flat(initial, layout).beside if initial is not None else {}
         self.smaller = {int(r): FlatRecord(layout, flat, beside) for r, flat in
                         state["smaller"].items()}  # fmt: skip
+
+
+def mean_gap(merged: Adapter, adapters: Sequence[Adapter], weights: Sequence[float]) -> float:
+    """How far a merged update is from the exact mean of updates, relative to it.
+
+    ``|dW - sum p_i dW_i| / |sum p_i dW_i|`` over all modules; from inner products of the factors,
+    nothing is made dense. 0 where both are zero.
+    """
+    total, off, size = sum(weights), 0.0, 0.0
+    for module, found in merged.items():
+        mine = [(a[module], w / total) for a, w in zip(adapters, weights, strict=True)]
+        rows = torch.cat([f.a.double() * (f.scaling * p) for f, p in mine])
+        columns = torch.cat([f.b.double() for f, _ in mine], 1)
+        size += float(Factors(rows, columns).norm()) ** 2
+        rows = torch.cat([found.a.double() * found.scaling, -rows])
+        off += float(Factors(rows, torch.cat([found.b.double(), columns], 1)).norm()) ** 2
+    return (off / size) ** 0.5 if size else float(off > 0)
 
 
 def where(info: ModelInfo, half: str) -> tuple[tuple[int, int], ...]:
