@@ -11,6 +11,7 @@ import numpy as np
 
 from fedsim.core.errors import DataError
 from fedsim.core.rng import SERVER, stream
+from fedsim.core.text import did_you_mean
 from fedsim.data.raw import IGNORE, UNKNOWN, RawData
 from fedsim.data.tasks import TASKS
 
@@ -126,7 +127,12 @@ def tokenizer_of(name: str, texts: Iterable[str]) -> Tokenizer:
 
 
 def encode(
-    name: str, samples: Sequence[Sample], tokenizer: str, length: int, template: str
+    name: str,
+    samples: Sequence[Sample],
+    tokenizer: str,
+    length: int,
+    template: str,
+    others: Sequence[Sample] = (),
 ) -> RawData:
     """Samples as next-token examples whose prompt does not count.
 
@@ -137,12 +143,14 @@ def encode(
         length: tokens of an example; longer ones are cut. Samples of which no token of the answer
             is left are dropped, and counted in ``meta["dropped"]``.
         template: of the prompts.
+        others: samples that are left out, but whose characters are in the vocabulary.
 
     Raises:
         DataError: nothing is left.
     """
     prompts = [s.prompt(template) for s in samples]
-    tokens = tokenizer_of(tokenizer, [*prompts, *(s.answer for s in samples)])
+    known = [t for s in (*samples, *others) for t in (s.prompt(template), s.answer)]
+    tokens = tokenizer_of(tokenizer, known)
     kept: list[int] = []
     xs, ys = [], []
     for i, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
@@ -189,11 +197,14 @@ def instruction_tasks(
     tokenizer: str = "characters",
     length: int = 96,
     template: str = "plain",
+    only: Sequence[str] = (),
+    without: Sequence[str] = (),
 ) -> RawData:
     """Instruction tasks made by rule, in the shape of Natural Instructions (no download).
 
     One task is one client. The last tasks in a seeded order are the central test set, so that the
-    test asks for tasks nobody was trained on.
+    test asks for tasks nobody was trained on. With `only` or `without` no task is held out, and
+    the vocabulary is that of all 51, so that models of different tasks fit together.
 
     Args:
         seed: of the order of tasks and of the instances.
@@ -203,7 +214,11 @@ def instruction_tasks(
         tokenizer: ``"characters"``, or a Hugging Face model (id, folder or GGUF file).
         length: tokens of an example.
         template: ``"alpaca"`` or ``"plain"``.
+        only: names of the tasks to take.
+        without: names of tasks to leave out.
     """
+    if only or without:
+        return _chosen(seed, examples, tokenizer, length, template, only, without)
     if not 2 <= tasks <= len(TASKS) or not 0 <= heldout_tasks < tasks or examples < 1:
         raise DataError(
             f"data.dataset: tasks = {tasks}, heldout_tasks = {heldout_tasks}, "
@@ -213,13 +228,33 @@ def instruction_tasks(
     order = stream(seed, 0, SERVER, "tasks").permutation(len(TASKS))[:tasks]
     samples = []
     for place, number in enumerate(order.tolist()):
-        name = list(TASKS)[number]
-        draw = stream(seed, 0, number, "instances")
-        for _ in range(examples):
-            given, answer = TASKS[name].draw(draw)
-            test = place >= tasks - heldout_tasks
-            samples.append(Sample(name, TASKS[name].definition, given, answer, test))
+        test = place >= tasks - heldout_tasks
+        samples += _instances(seed, list(TASKS)[number], examples, test)
     return encode("instruction_tasks", samples, tokenizer, length, template)
+
+
+def _instances(seed: int, name: str, examples: int, test: bool = False) -> list[Sample]:
+    draw, task = stream(seed, 0, list(TASKS).index(name), "instances"), TASKS[name]
+    drawn = [task.draw(draw) for _ in range(examples)]
+    return [Sample(name, task.definition, given, answer, test) for given, answer in drawn]
+
+
+def _chosen(
+    seed: int, examples: int, tokenizer: str, length: int, template: str,
+    only: Sequence[str], without: Sequence[str],
+) -> RawData:  # fmt: skip
+    """The tasks that were named, or those that were not."""
+    unknown = sorted({*only, *without} - set(TASKS))
+    names = [n for n in TASKS if n not in without and (not only or n in only)]
+    if unknown or not names:
+        raise DataError(
+            f"data.dataset: only = {list(only)}, without = {list(without)} must name tasks"
+            + (f"; {unknown[0]} is none{did_you_mean(unknown[0], TASKS)}" if unknown else "")
+        )
+    samples = {n: _instances(seed, n, examples) for n in TASKS}
+    mine = [s for n in names for s in samples[n]]
+    others = [s for n in TASKS if n not in names for s in samples[n]]
+    return encode("instruction_tasks", mine, tokenizer, length, template, others)
 
 
 def natural_instructions(
