@@ -16,11 +16,12 @@ from fedsim.core.nodes import client_at
 from fedsim.core.records import as_flat
 from fedsim.gate import Gate, Refusal, one_line
 from fedsim.intake import Judgement, Tally
-from fedsim.runtime.clock import Device
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]
 Flops = Callable[[NDArray[Any], NDArray[np.int64]], Floats]
+Seconds = Callable[[NDArray[np.int64], Any, int, int], Floats]
+"""Simulated seconds of clients with such work, bytes received and bytes sent."""
 Refused = Mapping[int, Refusal]
 
 
@@ -120,29 +121,31 @@ class Admitted(Replies):
         return None if isinstance(said, str) else self._replies.reply(node, said)
 
 
-def enter(tally: Tally, verdicts: Verdicts, down: int, device: Device, flops: Flops) -> float:
+def enter(tally: Tally, verdicts: Verdicts, down: int, took_by: Seconds, flops: Flops) -> float:
     """Note a block in the clients' rows; return the longest simulated seconds.
 
     Args:
         tally: the round's.
         verdicts: of the block.
         down: bytes that each client was sent.
-        device: what clients run on.
+        took_by: how long the clients' devices take.
         flops: operations of admitted rows, from their steps and examples, int64 [C] each.
     """
     block, up = verdicts.block, verdicts.bytes_each
-    for node, reason in verdicts.faults.items():
-        tally.refuse(client_at(node), Refusal("error_reply", one_line(reason)))
-        _add(tally, client_at(node), down, 0, device.seconds(0.0, down, 0))
-    for node, refusal in verdicts.refused.items():
-        tally.refuse(client_at(node), refusal)
-        _add(tally, client_at(node), down, up, device.seconds(0.0, down, up))
-    idle = device.seconds(0.0, down, up)
+    longest = 0.0
+    gone = [(n, Refusal("error_reply", one_line(r)), 0) for n, r in verdicts.faults.items()]
+    gone += [(node, refusal, up) for node, refusal in verdicts.refused.items()]
+    for node, refusal, sent in gone:
+        client = client_at(node)
+        took = float(took_by(np.array([client]), 0.0, down, sent)[0])
+        longest = max(longest, took)
+        tally.refuse(client, refusal)
+        _add(tally, client, down, sent, took)
     if not len(block):
-        return idle
+        return longest
     examples = block.metrics[EXAMPLES].astype(np.int64)
     work = flops(block.metrics.get("steps", np.zeros(len(block))), examples)
-    seconds = work / device.flops + idle
+    seconds = took_by(block.nodes - 1, work, down, up)
     columns: dict[str, list[Any]] = {"examples": examples.tolist()}
     if "loss" in block.metrics:
         columns["loss"] = block.metrics["loss"].astype(np.float64).tolist()
@@ -160,7 +163,7 @@ def enter(tally: Tally, verdicts: Verdicts, down: int, device: Device, flops: Fl
         else:
             row.update(zip(names, ("ok", *values, down, up, took), strict=True))
     tally.sampled.update((block.nodes - 1).tolist())
-    return max(idle, float(seconds.max()))
+    return max(longest, float(seconds.max()))
 
 
 def _add(tally: Tally, client: int, down: int, up: int, seconds: float) -> None:

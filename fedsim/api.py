@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.serverapp import Grid
 
 from fedsim import launch
@@ -19,15 +17,15 @@ from fedsim.app_config import find_strategy as find_strategy
 from fedsim.config import Experiment, StrategyConfig, override, parse, slug
 from fedsim.core.errors import ConfigError, DataError, FedsimError, RunError
 from fedsim.core.events import Notice
-from fedsim.core.records import count_bytes
 from fedsim.core.text import tame
 from fedsim.journal import locked
+from fedsim.planning import Cost as Cost
+from fedsim.planning import Plan as Plan
+from fedsim.planning import plan as plan
 from fedsim.results.files import remove_leftovers, write_text
 from fedsim.runner import OnEvent, RunResult, Task, saved_config
 from fedsim.runtime.choose import Choice
 from fedsim.runtime.simulation import working_folder
-from fedsim.runtime.threads import one_thread
-from fedsim.runtime.work import Environment
 from fedsim.tuning import tune
 
 RUNS = Path("runs")
@@ -276,125 +274,3 @@ def report(
     from fedsim.results.report import write_report
 
     return write_report(list(paths), Path(out), title)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one strategy costs in the plan.
-
-    Attributes:
-        label: the strategy.
-        bytes_down: bytes to the cohort in one round.
-        bytes_up: bytes back.
-        seconds: estimated seconds of one run on this machine.
-    """
-
-    label: str
-    bytes_down: int
-    bytes_up: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an experiment would do.
-
-    Attributes:
-        name: of the experiment.
-        runs: number of runs, tuning included.
-        rounds: rounds per run.
-        clients: size of the population.
-        cohort: clients asked per round.
-        examples: min, median and max of training examples per client.
-        test_examples: size of the central test set.
-        parameters: trainable parameters of the model.
-        costs: one entry per strategy.
-        seconds: estimated seconds of all runs on this machine.
-    """
-
-    name: str
-    runs: int
-    rounds: int
-    clients: int
-    cohort: int
-    examples: tuple[int, float, int]
-    test_examples: int
-    parameters: int
-    costs: tuple[Cost, ...]
-    seconds: float
-
-
-PROBED = 3
-"""Clients of each strategy that the plan times; the first one warms up and does not count."""
-
-
-@one_thread()
-def plan(experiment: Experiment) -> Plan:
-    """What an experiment would do and cost; the time is measured on some clients of each strategy.
-
-    Raises:
-        FedsimError: the experiment cannot be run as it is.
-    """
-    from fedsim.client_app import ProgramApp
-    from fedsim.federation import Federation
-    from fedsim.intake import Tally
-    from fedsim.runner import build_strategy
-    from fedsim.runtime.grid import LocalGrid
-
-    seed = experiment.experiment.seeds[0]
-    env = Environment.of(experiment, seed)
-    rounds, costs, cohort = experiment.experiment.rounds, [], 0
-    for entry in experiment.strategy:
-        grid = LocalGrid(ProgramApp(env), env.data.num_clients)
-        fed = Federation(experiment, entry, build_strategy(entry), seed, grid, env)
-        start = time.perf_counter()
-        progress = fed.begin()
-        evaluation = time.perf_counter() - start
-        nodes = fed.cohort(1)
-        cohort = max(cohort, len(nodes))
-        messages = next(fed.strategy.exchange(1, progress.arrays, fed.told(1), _shown(grid, nodes)))
-        replies = iter(fed.admitted(messages[:PROBED], Tally(1, env.data.client_names)))
-        reply = next(replies)
-        start = time.perf_counter()
-        more = sum(1 for _ in replies)
-        one = (time.perf_counter() - start) / max(more, 1)
-        down = sum(count_bytes(m.content) for m in messages)
-        costs.append(
-            Cost(
-                entry.label,
-                down,
-                count_bytes(reply.content) * len(messages),
-                rounds * (len(nodes) * one + evaluation / experiment.evaluate.every),
-            )
-        )
-    seeds = len(experiment.experiment.seeds)
-    variants = 1 if experiment.sweep is None else len(experiment.sweep.values)
-    tuning = _tuning_runs(experiment)
-    lengths = env.data.train.lengths
-    return Plan(
-        experiment.experiment.name,
-        variants * (seeds * len(costs) + sum(tuning)),
-        rounds,
-        env.data.num_clients,
-        cohort,
-        (int(lengths.min()), float(np.median(lengths)), int(lengths.max())),
-        len(env.data.central_test),
-        env.model.layout.num_trainable,
-        tuple(costs),
-        variants * sum(c.seconds * (seeds + t) for c, t in zip(costs, tuning, strict=True)),
-    )
-
-
-def _tuning_runs(experiment: Experiment) -> list[int]:
-    from fedsim.tuning import candidates
-
-    if experiment.tune is None:
-        return [0] * len(experiment.strategy)
-    seeds = len(experiment.tune.seeds)
-    return [len(candidates(experiment, entry)) * seeds for entry in experiment.strategy]
-
-
-def _shown(grid: Any, nodes: Sequence[int]) -> Any:
-    from fedsim.runtime.grid import View
-
-    return View(grid, list(nodes))

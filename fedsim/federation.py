@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,27 +14,22 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from fedsim import membership
-from fedsim.admission import Admitted, Verdicts, enter, judgements, sift
+from fedsim.admission import judgements
+from fedsim.collector import Collector, RoundAbandoned
 from fedsim.config import Experiment, StrategyConfig, TrainConfig
 from fedsim.core import rng
-from fedsim.core.averaging import examples_of, metrics_of
-from fedsim.core.bulk import Broadcast, Replies
 from fedsim.core.errors import RunError
-from fedsim.core.nodes import client_at, node_of
-from fedsim.core.records import as_flat, count_bytes, from_record
+from fedsim.core.nodes import node_of
+from fedsim.core.records import as_flat, from_record
 from fedsim.core.strategy import Served, Setting, Strategy, route
 from fedsim.evaluation import Central
 from fedsim.failpoints import crash_here
 from fedsim.gate import Gate
 from fedsim.intake import Intake, Row, Tally
-from fedsim.runtime import clock
 from fedsim.runtime.choose import Choice, choose
+from fedsim.runtime.fleet import Fleet
 from fedsim.runtime.grid import View
 from fedsim.runtime.work import Environment
-
-
-class RoundAbandoned(Exception):
-    """Too few replies were admitted; the model and the strategy's state stay as they were."""
 
 
 @dataclass
@@ -85,12 +80,9 @@ class Federation:
         self.intake = Intake(grid, Gate(), experiment.cohort.timeout)
         self.central = Central(env)
         self._goal = 0
-        device = experiment.clock.device
-        self.device: clock.Device = clock.device(device.name, device.params)
-        self._flops = clock.forward_flops(env.model, env.data.fields["x"][:1])
         heldout = set(env.data.heldout_clients.tolist())
         self._train, self._test = self._sizes()
-        self._most = np.array(self._train)
+        self.fleet = Fleet(experiment.clock, env.data.num_clients, seed)
         self.trainers = [node_of(c) for c, n in enumerate(self._train) if c not in heldout and n]
         self.judges = [node_of(c) for c, n in enumerate(self._test) if n]
         self.setting = Setting(
@@ -102,6 +94,9 @@ class Federation:
             env.model.initial(),
         )
         strategy.setup(self.setting)
+        self.collector = Collector(
+            experiment, self.train, strategy, self.intake, self.fleet, self._train, env
+        )
 
     def _sizes(self) -> tuple[list[int], list[int]]:
         """Training and held-out examples of every client: what its node declared, if it did."""
@@ -127,7 +122,8 @@ class Federation:
         metrics: Mapping[str, Any] = {}
         abandoned = False
         try:
-            arrays, record = self._converse(server_round, progress.arrays, tally)
+            now = float(sum(row["seconds"] for row in progress.rounds))
+            arrays, record = self._converse(server_round, progress.arrays, tally, now)
             crash_here("round.aggregated")
             progress.arrays = progress.arrays if arrays is None else arrays
             metrics = record or {}
@@ -155,31 +151,36 @@ class Federation:
                 row["cluster"] = name
         return membership.columns(found, self.env.data)
 
-    @staticmethod
-    def _close(progress: Progress, tally: Tally, row: Row, seconds: float) -> None:
+    def _close(self, progress: Progress, tally: Tally, row: Row, seconds: float) -> None:
         progress.rounds.append(row)
+        if len(self.fleet.names) > 1:
+            for client, about in tally.rows.items():
+                about["device"] = self.fleet.names[self.fleet.kind[client]]
         progress.clients += [tally.rows[c] for c in sorted(tally.rows)]
         progress.timings.append({"round": tally.round, "wall_seconds": seconds})
 
-    def cohort(self, server_round: int) -> list[int]:
-        """Node ids of the round's cohort, ascending: the strategy's choice or a seeded sample.
+    def cohort(self, server_round: int, now: float = 0.0) -> tuple[list[int], float]:
+        """Node ids of the round's cohort, ascending, and how long the server waits for them.
 
-        It is taken from the nodes that are connected; locally that is everybody.
+        The cohort is the strategy's choice or a seeded sample, taken from the nodes that are
+        connected and whose devices are online. If too few are online at `now`, in simulated
+        seconds since the run began, the round begins later.
         """
-        there = self._present(self.trainers)
+        config, population = self.experiment.cohort, len(self.trainers)
+        wanted = config.size or math.ceil((config.fraction or 1.0) * population)
+        asked = math.ceil(wanted * (1 + config.overselect))
+        waited, there = self.fleet.wait(now, self._present(self.trainers), asked)
         chosen = self.strategy.sample(server_round, there)
         if chosen is not None:
             self._goal = len(chosen)
-            return sorted(chosen)
-        config, population = self.experiment.cohort, len(self.trainers)
-        wanted = config.size or math.ceil((config.fraction or 1.0) * population)
+            return sorted(chosen), waited
         self._goal = min(population, wanted)
-        size = min(len(there), math.ceil(wanted * (1 + config.overselect)))
+        size = min(len(there), asked)
         if size == len(there):
-            return there
+            return there, waited
         stream = rng.stream(self.seed, server_round, rng.SERVER, "cohort")
         places = stream.choice(len(there), size, replace=False)
-        return sorted(there[place] for place in places.tolist())
+        return sorted(there[place] for place in places.tolist()), waited
 
     def _present(self, nodes: list[int]) -> list[int]:
         """Those of `nodes` that are connected now."""
@@ -226,11 +227,13 @@ class Federation:
         return choose(env.model, env.data, program, size, wanted, vectors)
 
     def _converse(
-        self, server_round: int, arrays: ArrayRecord, tally: Tally
+        self, server_round: int, arrays: ArrayRecord, tally: Tally, now: float
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Drive the strategy's exchange for one round."""
-        nodes = self.cohort(server_round)
-        if len(nodes) < self._quorum(self._goal):  # too few are connected to ask anybody
+        nodes, waited = self.cohort(server_round, now)
+        if waited:
+            tally.wait(waited)
+        if len(nodes) < self.collector.quorum(self._goal):  # too few are there to ask anybody
             raise RoundAbandoned
         crash_here("round.sampled")
         view = View(self.grid, nodes)
@@ -239,97 +242,9 @@ class Federation:
         try:
             while True:
                 messages = next(conversation) if replies is None else conversation.send(replies)
-                replies = self.admitted(messages, tally)
+                replies = self.collector.admitted(messages, tally, self._goal)
         except StopIteration as done:
             return cast("tuple[ArrayRecord | None, MetricRecord | None]", done.value)
-
-    def admitted(self, messages: Iterable[Message], tally: Tally) -> Iterable[Message]:
-        """Send messages; the admitted replies in order of client number, computed when taken.
-
-        At the end of the replies `RoundAbandoned` is raised if fewer than the quorum were admitted.
-        """
-        together = self._together(messages)
-        return (
-            self._one_by_one(messages, tally)
-            if together is None
-            else self._columns(*together, tally)
-        )
-
-    def _together(self, messages: Iterable[Message]) -> tuple[Broadcast, Replies] | None:
-        """A broadcast with its replies in columns, where the grid has such."""
-        answer = getattr(self.grid, "together", None)
-        if answer is None or not isinstance(messages, Broadcast):
-            return None
-        replies = answer(messages)
-        return None if replies is None else (messages, replies)
-
-    def _columns(self, broadcast: Broadcast, replies: Replies, tally: Tally) -> Replies:
-        """As `_one_by_one`, in columns."""
-        expected = self.strategy.expected(broadcast.content)
-        down, most = count_bytes(broadcast.content), self._most
-        phase, good = [0.0], [0]
-        goal = min(self._goal or len(broadcast), len(broadcast))
-
-        def note(verdicts: Verdicts) -> None:
-            phase.append(enter(tally, verdicts, down, self.device, self._operations))
-            good.append(len(verdicts.block))
-            crash_here("reply.judged")
-
-        def close() -> None:
-            tally.phase_seconds.append(max(phase))
-            if sum(good) < self._quorum(goal):
-                raise RoundAbandoned
-
-        gate = self.intake.gate
-        return Admitted(replies, lambda block: sift(gate, block, expected, most), note, close)
-
-    def _one_by_one(self, messages: Iterable[Message], tally: Tally) -> Iterator[Message]:
-        sent = sorted(messages, key=lambda m: m.metadata.dst_node_id)
-        good, phase = 0, 0.0
-        goal = min(self._goal or len(sent), len(sent))
-        enough = goal if self.experiment.cohort.overselect else None
-        verdicts = self.intake.verdicts(
-            sent, self.strategy.expected, lambda c: self._train[c], tally, enough
-        )
-        for verdict in verdicts:
-            client = client_at(verdict.message.metadata.dst_node_id)
-            tally.sampled.add(client)
-            row = tally.row(client)
-            if verdict.refusal is not None:
-                tally.refuse(client, verdict.refusal)
-            down, up = count_bytes(verdict.message.content), verdict.bytes_up
-            seconds = self.device.seconds(self._work(row, verdict.reply), down, up)
-            phase = max(phase, seconds)
-            tally.add(client, bytes_down=down, bytes_up=up, seconds=seconds)
-            crash_here("reply.judged")
-            if verdict.reply is not None:
-                good += 1
-                yield verdict.reply
-        tally.phase_seconds.append(phase)
-        if good < self._quorum(goal):
-            raise RoundAbandoned
-
-    def _quorum(self, asked: int) -> int:
-        """How many of so many replies must be admitted."""
-        return max(1, math.ceil(self.experiment.cohort.quorum * asked))
-
-    def _work(self, row: Row, reply: Message | None) -> float:
-        """Note a train reply in the client's row; return its floating-point operations."""
-        if reply is None:
-            return 0.0
-        metrics = metrics_of(reply.content)
-        examples = int(examples_of(reply.content))
-        row.update(status="ok", examples=examples)
-        loss, steps = (metrics.get(n) for n in ("loss", "steps"))
-        if isinstance(loss, (int, float)):
-            row["loss"] = float(loss)
-        done = max(0, int(steps)) if isinstance(steps, (int, float)) else 0
-        return float(self._operations(np.array(done), np.array(examples)))
-
-    def _operations(self, steps: np.ndarray, examples: np.ndarray) -> np.ndarray:
-        """Floating-point operations of clients with so many local steps and examples."""
-        passes = np.minimum(steps * self.train.batch_size, self.train.epochs * examples)
-        return np.asarray(passes * self._flops * (1 + clock.BACKWARD))
 
     def evaluate(self, server_round: int, arrays: ArrayRecord, tally: Tally) -> Row:
         """The evaluations that are due in this round, as columns of the rounds table."""
@@ -356,7 +271,7 @@ class Federation:
             server_round, arrays, self.told(max(server_round, 1)), view
         )
         losses, accuracies = [], []
-        together = self._together(messages)
+        together = self.collector.together(messages)
         found_by = (
             self.intake.judgements(messages, tally, self._test)
             if together is None

@@ -31,6 +31,7 @@ class Tally:
         self.sampled: set[int] = set()
         self.phase_seconds: list[float] = []
         self.strays = 0
+        self._waited: float | None = None
 
     def row(self, client: int) -> Row:
         """The client's row, made when first asked for."""
@@ -43,6 +44,11 @@ class Tally:
         row = self.row(client)
         for name, value in values.items():
             row[name] = row.get(name, 0) + value
+
+    def wait(self, seconds: float) -> None:
+        """Count simulated seconds in which nobody worked."""
+        self._waited = seconds
+        self.phase_seconds.append(seconds)
 
     def refuse(self, client: int, refusal: Refusal) -> None:
         """Note in the client's row why its reply was refused, after what a stray left there."""
@@ -72,7 +78,9 @@ class Tally:
         """The round's sums over clients, and its simulated duration."""
         rows = [self.rows[c] for c in sorted(self.rows)]
         took = [r.get("status") for r in rows if r.get("status")]
+        idle = {} if self._waited is None else {"waited": self._waited}
         return {
+            **idle,
             "bytes_up": sum(r.get("bytes_up", 0) for r in rows),
             "bytes_down": sum(r.get("bytes_down", 0) for r in rows),
             "seconds": float(sum(self.phase_seconds)),
@@ -114,8 +122,8 @@ class Intake:
     """
 
     def __init__(self, grid: Grid, gate: Gate, timeout: float | None) -> None:
-        self._grid, self.gate, self._timeout = grid, gate, timeout
-        self._in_order = bool(getattr(grid, "in_order", False))
+        self.grid, self.gate, self._timeout = grid, gate, timeout
+        self.in_order = bool(getattr(grid, "in_order", False))
         self._past: dict[str, None] = {}
 
     def verdicts(
@@ -135,8 +143,8 @@ class Intake:
             tally: told of strays.
             enough: stop waiting after so many admitted replies; the others are late.
         """
-        replies = self._grid.send_and_receive(sent, timeout=self._timeout)
-        if self._in_order:
+        replies = self.grid.send_and_receive(sent, timeout=self._timeout)
+        if self.in_order:
             for message, reply in zip(sent, replies, strict=True):
                 yield self._judged(message, reply, expected, most)
             return

@@ -38,6 +38,7 @@ STRATEGIES = {
     "ifca": "strategies.ifca:IFCA",
     "fedclust": "strategies.fedclust:FedClust",
     "pacfl": "strategies.pacfl:PACFL",
+    "local": "strategies.local:Local",
     "ditto": "strategies.ditto:Ditto",
     "perfedavg": "strategies.perfedavg:PerFedAvg",
     "fedbn": "strategies.fedbn:FedBN",
@@ -76,6 +77,7 @@ CLIENTS = {
     "fedap": "clients.fedap:FedAP",
     "ifca": "clients.ifca:IFCA",
     "pacfl": "clients.pacfl:PACFL",
+    "local": "clients.local:Local",
     "ditto": "clients.ditto:Ditto",
     "perfedavg": "clients.perfedavg:PerFedAvg",
     "fedbn": "clients.fedbn:FedBN",
@@ -94,8 +96,12 @@ CLIENTS = {
     "fedsa_lora": "clients.fedsa_lora:FedSALoRA",
 }
 DEVICES = {
-    "workstation": "fedsim.runtime.clock:workstation",
-    "phone": "fedsim.runtime.clock:phone",
+    "workstation": "fedsim.runtime.devices:workstation",
+    "phone": "fedsim.runtime.devices:phone",
+    "raspberry_pi_5": "fedsim.runtime.devices:raspberry_pi_5",
+    "jetson_tx2": "fedsim.runtime.devices:jetson_tx2",
+    "jetson_nx": "fedsim.runtime.devices:jetson_nx",
+    "jetson_agx": "fedsim.runtime.devices:jetson_agx",
 }
 SINGULAR = {
     "strategies": "strategy",

@@ -14,7 +14,7 @@ from pydantic.errors import PydanticUserError
 
 from fedsim import registry
 from fedsim.config.faults import Found, problems
-from fedsim.config.models import StrategyConfig, TrainConfig
+from fedsim.config.models import FleetShare, StrategyConfig, TrainConfig
 from fedsim.config.values import Path, look, unfit
 from fedsim.core.errors import ConfigError, FedsimError
 from fedsim.core.text import did_you_mean, shown, tame
@@ -42,14 +42,24 @@ def component_faults(tables: Mapping[str, Any]) -> Iterator[Found]:
         except (LookupError, TypeError):
             continue
         yield from _check(kind, written, path, frozenset({"name", "params"}))
-    strategies = tables.get("strategy")
+    own = frozenset(FleetShare.model_fields)
+    for number, written in enumerate(_list(tables, ("clock", "fleet"))):
+        yield from _check("devices", written, ("clock", "fleet", number), own)
     own = frozenset(StrategyConfig.model_fields)
-    for number, written in enumerate(strategies if isinstance(strategies, list) else ()):
+    for number, written in enumerate(_list(tables, ("strategy",))):
         path = ("strategy", number)
         yield from _check("strategies", written, path, own)
         if isinstance(written, dict) and isinstance(written.get("client"), str):
             client = {"name": written["client"]}
             yield from _check("clients", client, (*path, "client"), frozenset({"name"}))
+
+
+def _list(tables: Mapping[str, Any], path: Path) -> list[Any]:
+    try:
+        found = look(tables, path)
+    except (LookupError, TypeError):
+        return []
+    return found if isinstance(found, list) else []
 
 
 def _check(kind: str, written: Any, path: Path, own: frozenset[str]) -> Iterator[Found]:

@@ -172,7 +172,7 @@ def _judge(tables: dict[str, Any]) -> tuple[list[Found], Experiment | None]:
 
 def _mend(tables: dict[str, Any], path: Path) -> None:
     """Put something sound in the place of what is faulty."""
-    for place in (*PLACES, ("tune", "grid")):
+    for place in (*PLACES, ("tune", "grid"), ("clock", "fleet")):
         if path[: len(place)] == place:
             path = place
     if path[0] == "strategy" and len(path) > 1:

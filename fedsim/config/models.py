@@ -113,9 +113,7 @@ class Named(Section):
     @classmethod
     def _shorthand(cls, data: Any) -> Any:
         return (
-            {"name": data}
-            if isinstance(data, str)
-            else _gather(data, frozenset(("name", "params")))
+            {"name": data} if isinstance(data, str) else _gather(data, frozenset(cls.model_fields))
         )
 
     @classmethod
@@ -123,7 +121,7 @@ class Named(Section):
         """The two forms that TOML knows."""
         name = {"type": "string", "minLength": 1}
         table = {"type": "object", "properties": {"name": name}, "required": ["name"]}
-        return {"title": "Named", "description": cls.__doc__, "anyOf": [name, table]}
+        return {"title": cls.__name__, "description": cls.__doc__, "anyOf": [name, table]}
 
 
 class ExperimentSection(Section):
@@ -253,11 +251,26 @@ class JournalConfig(Section):
     """Checkpoints kept; an older good one is used when the newest is damaged."""
 
 
+class FleetShare(Named):
+    """One kind of device of a fleet: ``{name = "jetson_tx2", share = 30, up_mbit = 20.0}``."""
+
+    share: float = Field(default=1.0, gt=0, le=1e9)
+    """How many of the clients have it, in proportion to the other shares."""
+
+
 class ClockConfig(Section):
     """`[clock]`: simulated time."""
 
     device: Named = Named(name="workstation")
     """Profile of the clients' devices, by name."""
+    fleet: Annotated[list[FleetShare], Field(max_length=100), BeforeValidator(_listed)] = []
+    """Several profiles instead of one: tables with `name`, `share` and numbers to replace."""
+    jitter: float = Field(default=0.0, ge=0, le=3)
+    """How much a device's speed varies by round: standard deviation of its logarithm."""
+    time_zones: float = Field(default=0.0, ge=0, le=24)
+    """Hours over which the clients' local times are spread, for devices with `online` hours."""
+    deadline: Seconds | None = None
+    """Simulated seconds after which a reply is late; none: the round waits for the slowest."""
 
 
 class StrategyConfig(Section):
@@ -275,6 +288,8 @@ class StrategyConfig(Section):
     """Parameters of the server half; in TOML every other key of the table."""
     train: Params = {}
     """Keys of `[train]` that are different for this strategy."""
+    pooled: Fraction | None = None
+    """Centralised: one client holds this share of all training examples and trains alone."""
     tune: Grid = {}
     """Values to try for keys of this strategy (`mu`, `train.lr`), besides those of `[tune]`."""
 

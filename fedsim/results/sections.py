@@ -37,6 +37,7 @@ BUILTIN: dict[str, str] = {
     "tests": f"{_PARTS}.tests:tests",
     "clients": f"{_PARTS}.clients:clients",
     "clusters": f"{_PARTS}.clusters:clusters",
+    "fleet": f"{_PARTS}.fleet:fleet",
     "extras": f"{_PARTS}.curves:extras",
     "refused": f"{_PARTS}.clients:refused",
     "runs": f"{_PARTS}.provenance:which_runs",

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from fedsim import registry
 from fedsim.core.errors import ConfigError
 from fedsim.core.model import FlatModel
 
+HOURS = 24.0
+Spans = tuple[tuple[float, float], ...]
 BACKWARD = 2.0
 """Backward pass in forward passes: one product for the inputs' gradient, one for the weights'."""
 
@@ -24,26 +29,60 @@ class Device:
         flops: sustained floating-point operations per second in training.
         down_mbit: download bandwidth in Mbit/s (10^6 bit/s).
         up_mbit: upload bandwidth in Mbit/s.
+        failure_rate: probability that it drops out of a round after it was sent the message.
+        online: hours of the day in which it can be asked, as (from, until); empty: always. A span
+            may go over midnight.
     """
 
     flops: float
     down_mbit: float
     up_mbit: float
+    failure_rate: float = 0.0
+    online: Spans = ()
 
-    def seconds(self, flops: float, bytes_down: int, bytes_up: int) -> float:
-        """Simulated seconds to receive, compute and send."""
-        transfer = bytes_down * 8e-6 / self.down_mbit + bytes_up * 8e-6 / self.up_mbit
-        return transfer + flops / self.flops
+    def __post_init__(self) -> None:
+        for key in ("flops", "down_mbit", "up_mbit"):
+            if not getattr(self, key) > 0:
+                raise ConfigError(f"{key} = {getattr(self, key)} must be above 0")
+        if not 0 <= self.failure_rate < 1:
+            raise ConfigError(f"failure_rate = {self.failure_rate} must be at least 0 and below 1")
+        for start, end in self.online:
+            if not (0 <= start <= HOURS and 0 <= end <= HOURS and start != end):
+                raise ConfigError(
+                    f"online = {[list(s) for s in self.online]} must be pairs of different hours "
+                    "from 0 to 24, such as [[22, 6]]"
+                )
 
 
-def workstation(flops: float = 1e11, down_mbit: float = 1000.0, up_mbit: float = 1000.0) -> Device:
-    """A desktop on a wired network: 100 GFLOP/s sustained, 1 Gbit/s both ways."""
-    return Device(flops, down_mbit, up_mbit)
+class _Counter(TorchDispatchMode):
+    """Adds up the operations of products and convolutions, by torch's own formulas.
 
+    As `FlopCounterMode`, which imports torch's compiler for it: more than a second of every start.
+    """
 
-def phone(flops: float = 1e10, down_mbit: float = 50.0, up_mbit: float = 10.0) -> Device:
-    """A phone on a mobile network: 10 GFLOP/s sustained, 50 Mbit/s down and 10 Mbit/s up."""
-    return Device(flops, down_mbit, up_mbit)
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Let an operator work, in its parts if it has some, and add its operations."""
+        given = dict(kwargs or {})
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None:
+            with self:
+                out = func.decompose(*args, **given)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **given)
+        if formula is not None:
+            self.flops += formula(*args, **given, out_val=out)
+        return out
 
 
 def forward_flops(model: FlatModel, x: Tensor) -> float:
@@ -54,19 +93,16 @@ def forward_flops(model: FlatModel, x: Tensor) -> float:
         x: inputs of one example, shape [1, ...].
     """
     record = model.initial()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with _Counter() as counter, torch.no_grad():
         model.outputs(record.flat, record.beside, x)
-    return float(counter.get_total_flops())
+    return float(counter.flops)
 
 
-def device(name: str, params: dict[str, float]) -> Device:
+def device(name: str, params: dict[str, Any]) -> Device:
     """The device profile of that name, with some of its numbers replaced.
 
     Raises:
-        ConfigError: there is no such profile, or a number is not above 0.
+        ConfigError: there is no such profile, or a number is out of range.
     """
     made: Device = registry.resolve("devices", name)(**params)
-    for key, value in asdict(made).items():
-        if not value > 0:
-            raise ConfigError(f"clock.device.{key} = {value} must be above 0")
     return made
