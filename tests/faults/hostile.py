@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedsim.core.averaging import EXAMPLES
 from fedsim.core.nodes import client_at
+from fedsim.core.packets import PACKET
 from fedsim.core.records import plain
 from fedsim.runtime.grid import LocalGrid
 from tests.contract import toy
@@ -58,11 +59,18 @@ def _entry(content: Content, draw: np.random.Generator) -> tuple[str, str, np.nd
 
 
 def value(number: float) -> Spoil:
-    """One entry of one array becomes this number, of either sign."""
+    """One entry of one array becomes this number, of either sign.
+
+    Packed bytes end in a number, a float32: that one.
+    """
 
     def spoil(content: Content, draw: np.random.Generator) -> None:
         record, name, values = _entry(content, draw)
-        values.reshape(-1)[draw.integers(values.size)] = number * draw.choice([-1, 1])
+        wrong = number * draw.choice([-1, 1])
+        if name == PACKET:
+            values[-4:] = np.frombuffer(np.array(wrong, "<f4").tobytes(), np.uint8)
+        else:
+            values.reshape(-1)[draw.integers(values.size)] = wrong
         content[record][name] = Array(values)  # type: ignore[index]
 
     return spoil
@@ -142,8 +150,6 @@ def _nan_metric(content: Content, draw: np.random.Generator) -> None:
 
 PICKLE = b"\x80\x04\x95\x1e\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94."
 
-VALUES = ("NaN", "infinity", "1e38")
-"""Kinds that packed bytes cannot hold; strategies that pack numbers test these for themselves."""
 KINDS: Mapping[str, Kind] = {
     "NaN": Kind("not_finite", value(float("nan"))),
     "infinity": Kind("not_finite", value(float("inf"))),
