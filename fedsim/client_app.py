@@ -13,7 +13,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsim.app_config import STATE, Settings
-from fedsim.config import Experiment
+from fedsim.config import Experiment, StrategyConfig
 from fedsim.core.bulk import Broadcast
 from fedsim.core.errors import RunError
 from fedsim.core.records import materialise
@@ -34,9 +34,10 @@ STATE_FOLDER = "state-dir"
 
 
 @lru_cache(maxsize=2)
-def _environment(experiment: str, seed: int) -> Environment:
+def _environment(experiment: str, seed: int, entry: str) -> Environment:
     torch.set_num_threads(1)  # as everywhere: a client's arithmetic takes one thread
-    return Environment.of(Experiment.model_validate_json(experiment), seed)
+    chosen = StrategyConfig.model_validate_json(entry)
+    return Environment.of(Experiment.model_validate_json(experiment), seed, chosen)
 
 
 def served(node_config: Mapping[str, Any], num_clients: int) -> range:
@@ -85,7 +86,8 @@ class ProgramApp(ClientApp):
         if self._given is not None:
             return self._given
         settings = Settings.of(self._run_config or context.run_config)
-        return _environment(settings.experiment.model_dump_json(), settings.seed)
+        experiment, entry = (s.model_dump_json() for s in (settings.experiment, settings.entry))
+        return _environment(experiment, settings.seed, entry)
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Do the work of one message."""

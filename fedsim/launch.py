@@ -36,7 +36,7 @@ def start(task: Task, on_event: OnEvent | None = None, resume: bool = False) -> 
         STATE: str((task.path / "client-state").resolve()),
     }
     with locked(task.path):
-        clients = Environment.of(task.experiment, task.seed).data.num_clients
+        clients = Environment.of(task.experiment, task.seed, task.entry).data.num_clients
         return simulate(
             lambda grid, stopped: serve(
                 task, grid, on_event, resume=resume, grace=0.0, stopped=stopped
@@ -75,7 +75,7 @@ def serve(
     journal = Journal(task.path / "checkpoints", task.experiment.journal.keep)
     if not resume:
         journal.clear()
-    env = Environment.of(task.experiment, task.seed)
+    env = Environment.of(task.experiment, task.seed, task.entry)
     remote = RemoteGrid(
         grid,
         env.data.num_clients,

@@ -35,7 +35,7 @@ def rebuild(path: Path, env: Environment | None = None) -> dict[str, Tensor]:
     experiment = Experiment.model_validate(config["experiment"])
     entry = StrategyConfig.model_validate(config["strategy"])
     strategy: Strategy = build_strategy(entry)
-    env = env or Environment.of(experiment, config["seed"])
+    env = env or Environment.of(experiment, config["seed"], entry)
     strategy.setup(
         Setting(
             env.model.info,

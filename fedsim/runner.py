@@ -142,7 +142,7 @@ class Run:
     ) -> None:
         self.task = task
         self._tell: OnEvent = on_event or (lambda event: None)
-        self.env = env or Environment.of(task.experiment, task.seed)
+        self.env = env or Environment.of(task.experiment, task.seed, task.entry)
         self._app = ProgramApp(self.env)
         self.grid = grid or LocalGrid(self._app, self.env.data.num_clients)
         self.federation = Federation(

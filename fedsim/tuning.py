@@ -25,21 +25,22 @@ def candidates(experiment: Experiment, entry: StrategyConfig) -> list[dict[str, 
 
 
 def with_values(entry: StrategyConfig, values: dict[str, Any]) -> StrategyConfig:
-    """The strategy with values set: ``train.KEY`` in its training, other keys its parameters.
+    """The strategy with values set: ``train.KEY`` in its training, ``model.KEY`` in its model,
+    other keys as its parameters.
 
     Raises:
-        ConfigError: a key belongs to neither.
+        ConfigError: a key belongs to none of these.
     """
-    params, train = dict(entry.params), dict(entry.train)
+    tables = {"": dict(entry.params), "train": dict(entry.train), "model": dict(entry.model)}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
-        if section == "train":
-            train[name] = value
-        elif not section:
-            params[key] = value
-        else:
-            raise ConfigError(f"tune key {key!r} must be train.NAME or a strategy's parameter")
-    return StrategyConfig.model_validate({**entry.model_dump(), "params": params, "train": train})
+        if section not in tables:
+            raise ConfigError(
+                f"tune key {key!r} must be train.NAME, model.NAME or a strategy's parameter"
+            )
+        tables[section][name] = value
+    params = tables.pop("")
+    return StrategyConfig.model_validate({**entry.model_dump(), "params": params, **tables})
 
 
 def tune(

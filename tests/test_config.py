@@ -189,7 +189,7 @@ def test_unknown_strategy_names_the_nearest() -> None:
 def test_unknown_parameter_names_the_nearest() -> None:
     assert faults(changed(strategy=[{"name": "fedprox", "muu": 1}])) == [
         "strategy.fedprox.muu = 1: unknown parameter of FedProx; did you mean mu? "
-        "(allowed: mu, server_lr, weighted, client, label, train, tune)"
+        "(allowed: mu, server_lr, weighted, client, label, model, train, tune)"
     ]
 
 
@@ -275,6 +275,14 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
             'strategy.fedavg.client = "fedpro": unknown client half; did you mean fedprox?',
         ),
         (
+            {"strategy": [{"name": "fedavg", "model": {"hiden": [3]}}]},
+            "strategy.fedavg.model.hiden = [3]: unknown parameter of mlp; did you mean hidden?",
+        ),
+        (
+            {"strategy": [{"name": "fedavg", "model": {"name": "cnm"}}]},
+            'strategy.fedavg.model.name = "cnm": unknown model; did you mean cnn?',
+        ),
+        (
             {"runtime": {"executor": "thread"}},
             'runtime.executor = "thread": must be "auto", "serial", "threads" or "batched"; '
             "did you mean threads?",
@@ -311,7 +319,7 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         ),
         (
             {"tune": {"seeds": [7], "grid": {"data.clients": [3]}}},
-            'tune.grid."data.clients": data.clients must be train.KEY or a parameter',
+            'tune.grid."data.clients": data.clients must be train.KEY, model.KEY or a parameter',
         ),
         (
             {"strategy": [{"name": "fedprox", "tune": {"mu": [1, "x"]}}]},

@@ -324,6 +324,6 @@ def test_checker_finds_what_does_not_come_back(
 ) -> None:
     """Planted: NaN is accepted, which does not equal itself."""
     monkeypatch.setattr(load, "unfit", lambda tables: ())
-    monkeypatch.setattr("fedsim.config.models.unfit", lambda value: ())
+    monkeypatch.setattr("fedsim.config.types.unfit", lambda value: ())
     raw = VALID[1].replace("noise = 0.1", "noise = nan").encode()
     assert verdict(folder, raw) == "does not come back from JSON"

@@ -49,6 +49,11 @@ def component_faults(tables: Mapping[str, Any]) -> Iterator[Found]:
     for number, written in enumerate(_list(tables, ("strategy",))):
         path = ("strategy", number)
         yield from _check("strategies", written, path, own)
+        if isinstance(written, dict) and isinstance(written.get("model"), dict):
+            merged = _merged(tables.get("model"), written["model"])
+            for fault in _check("models", merged, (*path, "model"), frozenset({"name", "params"})):
+                if fault[0][-1] in written["model"]:  # others are those of [model]
+                    yield fault
         if isinstance(written, dict) and isinstance(written.get("client"), str):
             client = {"name": written["client"]}
             yield from _check("clients", client, (*path, "client"), frozenset({"name"}))
@@ -60,6 +65,16 @@ def _list(tables: Mapping[str, Any], path: Path) -> list[Any]:
     except (LookupError, TypeError):
         return []
     return found if isinstance(found, list) else []
+
+
+def _merged(model: Any, own: Mapping[str, Any]) -> Any:
+    """`[model]` with a strategy's own keys; another name replaces all of it."""
+    base = {"name": model} if isinstance(model, str) else model
+    if not isinstance(base, dict) or own.get("name", base.get("name")) != base.get("name"):
+        return own
+    inner = base.get("params")
+    plain = {k: v for k, v in base.items() if k != "params"}
+    return {**plain, **(inner if isinstance(inner, dict) else {}), **own}
 
 
 def _check(kind: str, written: Any, path: Path, own: frozenset[str]) -> Iterator[Found]:

@@ -38,7 +38,7 @@ MAX_TRIALS = 1000
 """So many values of grids and sweeps are checked beforehand, so that checking stays quick."""
 _VARIABLE = ("cohort", "clock", "data", "evaluate", "experiment", "model", "strategy", "train")
 """Sections whose keys a sweep can change."""
-_FIXED = frozenset(StrategyConfig.model_fields) - {"train"}
+_FIXED = frozenset(StrategyConfig.model_fields) - {"train", "model"}
 
 
 def load_experiment(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Experiment:
@@ -249,5 +249,7 @@ def _check_variable(place: Path, path: Path) -> None:
     if place[0] == "sweep":
         if path[0] not in _VARIABLE or len(path) < 2:
             raise ValueError(f"{dotted(path)} is no key of {', '.join(_VARIABLE)}")
-    elif len(path) != 3 + (path[2] == "train") or path[2] in _FIXED:
-        raise ValueError(f"{dotted(path[2:])} must be train.KEY or a parameter of the strategy")
+    elif len(path) != 3 + (path[2] in ("train", "model")) or path[2] in _FIXED:
+        raise ValueError(
+            f"{dotted(path[2:])} must be train.KEY, model.KEY or a parameter of the strategy"
+        )

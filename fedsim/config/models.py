@@ -7,7 +7,6 @@ unknown keys are refused.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, LiteralString, Self
 
@@ -25,57 +24,19 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from fedsim.config.values import flatten, unfit
-
-MAX_SEED = 2**63 - 1
-Grid = Annotated[
-    dict[str, Annotated[list[Any], Field(min_length=1, max_length=100)]],
-    Field(max_length=20),
-    BeforeValidator(flatten),
-    WithJsonSchema({"type": "object", "additionalProperties": {"type": ["array", "object"]}}),
-]
-
-
-def _plain(value: Any) -> Any:
-    for path, problem in unfit(value):
-        where = ".".join(map(str, path))
-        raise ValueError(f"{problem} (at {where})" if where else problem)
-    return value
-
-
-def _distinct(seeds: list[int]) -> list[int]:
-    if len(set(seeds)) < len(seeds):
-        twice = next(s for s in seeds if seeds.count(s) > 1)
-        raise ValueError(f"seeds must be distinct, {twice} is there twice")
-    return seeds
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, (tuple, range)) else value
-
-
-def _count_or_fraction(value: Any) -> int | float:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if 0 <= value <= 10**9 if whole else isinstance(value, float) and 0 <= value < 1:
-        return value
-    raise ValueError("must be a whole number of clients >= 0, or a fraction >= 0 and < 1")
-
-
-def slug(label: str) -> str:
-    """The label as part of a folder's name: lower case, everything unusual replaced by dashes."""
-    return re.sub(r"[^\w.]+", "-", label.lower()).strip("-._")
-
-
-Seeds = Annotated[
-    list[Annotated[int, Field(ge=0, le=MAX_SEED)]],
-    Field(min_length=1, max_length=1000),
-    BeforeValidator(_listed),
-    AfterValidator(_distinct),
-]
-Params = Annotated[dict[str, Any], AfterValidator(_plain)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Seconds = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+from fedsim.config.types import (
+    MAX_SEED,
+    Fraction,
+    Grid,
+    Metric,
+    Params,
+    Seconds,
+    Seeds,
+    Share,
+    count_or_fraction,
+    slug,
+)
+from fedsim.config.types import listed as _listed
 
 
 class Section(BaseModel):
@@ -150,7 +111,7 @@ class DataConfig(Section):
     """Share of each client's examples that is held out to judge it."""
     heldout_clients: Annotated[
         int | float,
-        PlainValidator(_count_or_fraction),
+        PlainValidator(count_or_fraction),
         WithJsonSchema({"type": "number", "minimum": 0}),
     ] = 0
     """Clients never trained on, only judged: a number of them, or a fraction below 1."""
@@ -213,9 +174,13 @@ class EvaluateConfig(Section):
     """Evaluate on each client's held-out examples, with the model meant for that client."""
     clients_every: int | None = Field(default=None, ge=1, le=10**7)
     """Rounds between evaluations on the clients; none: after the last round only."""
-    metric: Literal[
-        "accuracy", "loss", "perplexity", "client_accuracy", "client_loss", "client_worst10"
-    ] = "accuracy"
+    answers: int = Field(default=0, ge=0, le=10**9)
+    """Central test instructions that are answered, greedily, for `rouge_l` and `exact_match`."""
+    answers_every: int | None = Field(default=None, ge=1, le=10**7)
+    """Rounds between such evaluations; none: before the first round and after the last."""
+    answer_tokens: int = Field(default=128, ge=1, le=10**6)
+    """Longest answer, in tokens."""
+    metric: Metric = "accuracy"
     """The metric that is compared and tuned for."""
     target: float | None = None
     """Value of the metric whose cost in rounds, bytes and seconds is reported."""
@@ -226,6 +191,8 @@ class EvaluateConfig(Section):
     def _something(self) -> Self:
         if not (self.central or self.clients):
             raise ValueError("central or clients must be true, or nothing is measured")
+        if self.metric in ("rouge_l", "exact_match") and not (self.answers and self.central):
+            raise ValueError(f"metric {self.metric} needs answers above 0, and central")
         return self
 
 
@@ -290,6 +257,8 @@ class StrategyConfig(Section):
     """Keys of `[train]` that are different for this strategy."""
     pooled: Fraction | None = None
     """Centralised: one client holds this share of all training examples and trains alone."""
+    model: Params = {}
+    """Keys of `[model]` that are different for this strategy; with another `name`, all of it."""
     tune: Grid = {}
     """Values to try for keys of this strategy (`mu`, `train.lr`), besides those of `[tune]`."""
 
@@ -389,6 +358,13 @@ class Experiment(Section):
         if self.tune and set(self.tune.seeds) & set(self.experiment.seeds):
             problem = "must not be among experiment.seeds: a choice is not judged on its own seeds"
             yield ("tune", "seeds"), problem, self.tune.seeds
+
+    def modelled(self, strategy: StrategyConfig) -> Named:
+        """`[model]` as it holds for one strategy, with the strategy's own keys applied."""
+        own = strategy.model
+        if own.get("name", self.model.name) != self.model.name:
+            return Named.model_validate(own)
+        return Named.model_validate({"name": self.model.name, **self.model.params, **own})
 
     def training(self, strategy: StrategyConfig) -> TrainConfig:
         """`[train]` as it holds for one strategy, with the strategy's own keys applied."""

@@ -18,7 +18,7 @@ from fedsim.data import FederatedData, load
 from fedsim.models import build
 
 if TYPE_CHECKING:
-    from fedsim.config import Experiment
+    from fedsim.config import Experiment, StrategyConfig
 
 PARTITION = "partition-id"
 """Key of the client's partition number in Flower's node configuration."""
@@ -41,16 +41,18 @@ class Environment:
     batch_size: int
 
     @staticmethod
-    def of(experiment: Experiment, seed: int) -> Environment:
+    def of(experiment: Experiment, seed: int, entry: StrategyConfig | None = None) -> Environment:
         """Load the data and build the model of an experiment.
 
         Args:
             experiment: the configuration.
             seed: seed of the run; it fixes the partition (unless `data.seed` does) and the
                 initial model.
+            entry: the strategy whose model it is; None: the model of `[model]` as it stands.
         """
         data = load(experiment.data, seed if experiment.data.seed is None else experiment.data.seed)
-        module = build(experiment.model, data, seed)
+        spec = experiment.model if entry is None else experiment.modelled(entry)
+        module = build(spec, data, seed)
         model = FlatModel(module, criteria.criterion(data.criterion))
         names = {client_of(s.name, s.client) for s in experiment.strategy}
         programs = {route(name): program_class(name) for name in names}
