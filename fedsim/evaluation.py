@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord
 
+from fedsim.core.generation import judge
 from fedsim.core.nodes import client_at
 from fedsim.core.records import FlatRecord, as_flat
 from fedsim.core.strategy import Served
+from fedsim.data.instructions import read_answers
 from fedsim.runtime.work import Environment
 
 
@@ -38,6 +41,37 @@ class Central:
             total += weight
         loss, right, count = (sums / total).tolist()
         return self._named(loss / count, right / count)
+
+    def answer(self, models: Mapping[str, Served], count: int, tokens: int) -> dict[str, float]:
+        """Rouge-L and exact matches of greedy answers to the central test set's instructions.
+
+        Mean over models, weighted by their clients.
+
+        Args:
+            models: that can be judged whole.
+            count: instructions that are answered, spread evenly over the test set.
+            tokens: of an answer at most.
+
+        Raises:
+            DataError: the data has no instructions.
+        """
+        central, env = np.asarray(self.env.data.central_test), self.env
+        models = {n: m for n, m in models.items() if self._whole(m.arrays)}
+        count = min(count, len(central))
+        if not count or not models:
+            return {}
+        decode, end = read_answers(env.data.meta)
+        rows = torch.from_numpy(central[np.arange(count) * len(central) // count])
+        x, y = env.data.fields["x"][rows], env.data.fields["y"][rows]
+        sums, total = dict[str, float](), 0.0
+        for served in models.values():
+            record = as_flat(served.arrays, env.model.layout)
+            outputs = partial(env.model.outputs, record.flat, record.beside)
+            found = judge(outputs, x, y, decode, end, tokens, min(16, env.batch_size))
+            weight = float(1 if served.clients is None else len(served.clients))
+            sums = {n: sums.get(n, 0.0) + weight * value for n, value in found.items()}
+            total += weight
+        return {n: value / total for n, value in sums.items()}
 
     def _whole(self, arrays: ArrayRecord) -> bool:
         """Whether a model has every entry: one without its personal layers cannot be judged."""

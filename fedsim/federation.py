@@ -255,6 +255,9 @@ class Federation:
             for name, model in self.strategy.also_evaluated(arrays).items():
                 also = self.central.judge({name: Served(model)})
                 row.update({f"{name}_{column}": value for column, value in also.items()})
+        if config.central and config.answers and server_round % (config.answers_every or last) == 0:
+            models = self.strategy.models(arrays)
+            row.update(self.central.answer(models, config.answers, config.answer_tokens))
         every = config.clients_every or last
         if (
             config.clients

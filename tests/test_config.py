@@ -189,7 +189,7 @@ def test_unknown_strategy_names_the_nearest() -> None:
 def test_unknown_parameter_names_the_nearest() -> None:
     assert faults(changed(strategy=[{"name": "fedprox", "muu": 1}])) == [
         "strategy.fedprox.muu = 1: unknown parameter of FedProx; did you mean mu? "
-        "(allowed: mu, server_lr, weighted, client, label, model, train, tune)"
+        "(allowed: mu, server_lr, weighted, client, label, model, pooled, train, tune)"
     ]
 
 

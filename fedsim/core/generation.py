@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,28 +14,39 @@ _WORD = re.compile(r"[a-z0-9]+")
 
 @torch.no_grad()
 def greedy(
-    outputs: Callable[[Tensor], Tensor], prompt: Sequence[int], end: int, most: int, context: int
-) -> list[int]:
+    outputs: Callable[[Tensor], Tensor],
+    prompts: Sequence[Sequence[int]],
+    end: int,
+    most: int,
+    context: int | None = None,
+) -> list[list[int]]:
     """The most likely next token, again and again, until `end`; ties go to the lower number.
 
+    Prompts are padded behind, so a model must not look ahead (causal ones do not).
+
     Args:
-        outputs: scores [1, T, vocabulary] of tokens [1, T].
-        prompt: token numbers.
+        outputs: scores [B, T, vocabulary] of tokens [B, T].
+        prompts: token numbers of each prompt, at least one.
         end: the token that ends an answer; not part of it.
-        most: tokens of the answer at most.
-        context: longest input that the model takes.
+        most: tokens of an answer at most.
+        context: longest input that the model takes; None: any.
     """
-    tokens, answer = list(prompt), list[int]()
+    answers: list[list[int]] = [[] for _ in prompts]
+    going = list(range(len(prompts)))
     for _ in range(most):
-        if len(tokens) >= context:
+        texts = {i: [*prompts[i], *answers[i]] for i in going}
+        going = [i for i in going if context is None or len(texts[i]) <= context]
+        if not going:
             break
-        scores = outputs(torch.tensor([tokens]))[0, -1]
-        token = int(scores.float().argmax())
-        if token == end:
-            break
-        answer.append(token)
-        tokens.append(token)
-    return answer
+        width = max(len(texts[i]) for i in going)
+        rows = [texts[i] + [end] * (width - len(texts[i])) for i in going]
+        last = torch.tensor([len(texts[i]) - 1 for i in going])
+        scores = outputs(torch.tensor(rows))[torch.arange(len(going)), last]
+        chosen = dict(zip(going, scores.float().argmax(-1).tolist(), strict=True))
+        going = [i for i in going if chosen[i] != end]
+        for i in going:
+            answers[i].append(chosen[i])
+    return answers
 
 
 def rouge_l(prediction: str, reference: str) -> float:
@@ -78,22 +88,26 @@ def judge(
     decode: Callable[[Sequence[int]], str],
     end: int,
     most: int = 128,
+    batch_size: int = 16,
 ) -> dict[str, float]:
     """Mean Rouge-L and share of exact matches of greedy answers.
 
     Args:
-        outputs: scores [1, T, vocabulary] of tokens [1, T].
+        outputs: scores [B, T, vocabulary] of tokens [B, T].
         x: examples, int64 [N, T].
         y: targets, int64 [N, T], -100 on the prompt.
         decode: text of token numbers.
         end: the token that ends an answer.
         most: tokens of an answer at most.
+        batch_size: prompts that are answered together.
     """
-    found: dict[str, Any] = {"rouge_l": [], "exact_match": []}
-    for one, target in zip(x, y, strict=True):
-        prompt, answer = split(one, target)
-        reference = decode([t for t in answer if t != end])
-        said = decode(greedy(outputs, prompt, end, most, len(prompt) + most))
-        found["rouge_l"].append(rouge_l(said, reference))
-        found["exact_match"].append(exact_match(said, reference))
+    parts = [split(one, target) for one, target in zip(x, y, strict=True)]
+    found: dict[str, list[float]] = {"rouge_l": [], "exact_match": []}
+    for start in range(0, len(parts), batch_size):
+        some = parts[start : start + batch_size]
+        answers = greedy(outputs, [prompt for prompt, _ in some], end, most)
+        for said, (_, answer) in zip(map(decode, answers), some, strict=True):
+            reference = decode([t for t in answer if t != end])
+            found["rouge_l"].append(rouge_l(said, reference))
+            found["exact_match"].append(exact_match(said, reference))
     return {name: sum(values) / max(1, len(values)) for name, values in found.items()}

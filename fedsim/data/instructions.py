@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -121,9 +122,30 @@ class Pretrained:
         return str(self.inner.decode(tokens, skip_special_tokens=True))
 
 
+pretrained = lru_cache(maxsize=2)(Pretrained)
+"""As `Pretrained`; reading a tokenizer takes seconds."""
+
+
 def tokenizer_of(name: str, texts: Iterable[str]) -> Tokenizer:
     """``"characters"``, or the tokenizer of a Hugging Face model."""
-    return Characters(texts) if name == "characters" else Pretrained(name)
+    return Characters(texts) if name == "characters" else pretrained(name)
+
+
+def read_answers(meta: Mapping[str, object]) -> tuple[Callable[[Sequence[int]], str], int]:
+    """How to read the answers of a dataset: from tokens to text, and the token that ends one.
+
+    Args:
+        meta: of the dataset, as `encode` made it.
+
+    Raises:
+        DataError: the dataset has no instructions and answers.
+    """
+    if "end" not in meta:
+        raise DataError("evaluate.answers needs instruction data, such as instruction_tasks")
+    end, vocabulary = int(str(meta["end"])), meta.get("vocab")
+    if isinstance(vocabulary, str):
+        return lambda tokens: "".join(vocabulary[t] for t in tokens), end
+    return pretrained(str(meta["tokenizer"])).decode, end
 
 
 def encode(

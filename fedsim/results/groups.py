@@ -12,7 +12,16 @@ import numpy as np
 from fedsim.results.store import Floats, Run
 from fedsim.results.tables import ROUNDS
 
-METRICS = ("accuracy", "perplexity", "client_accuracy", "loss", "client_loss", "client_worst10")
+METRICS = (
+    "accuracy",
+    "perplexity",
+    "client_accuracy",
+    "loss",
+    "client_loss",
+    "client_worst10",
+    "rouge_l",
+    "exact_match",
+)
 """What can be compared; where the configured metric was not measured, the first that was."""
 
 How = Literal["final", "best"]

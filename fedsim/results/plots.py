@@ -31,7 +31,7 @@ _AXES = {
     "bytes": "bytes up and down, all clients",
     "seconds": "simulated seconds",
 }
-_METRICS = ("accuracy", "loss", "perplexity", "worst10")
+_METRICS = ("accuracy", "loss", "perplexity", "worst10", "rouge_l", "exact_match")
 _DIRECTED = (*_METRICS, "cluster_ari", "cluster_nmi")
 _TOTALS = {"bytes": ("bytes_up", "bytes_down"), "seconds": ("seconds",)}
 

@@ -16,6 +16,8 @@ _NAMES = {
     "client_loss": "mean client loss",
     "client_worst10": "accuracy of the worst 10 % of clients",
     "train_loss": "training loss",
+    "rouge_l": "Rouge-L",
+    "exact_match": "exact matches",
     "cluster_ari": "adjusted Rand index of the clusters",
     "cluster_nmi": "normalised mutual information of the clusters",
 }

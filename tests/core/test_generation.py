@@ -15,13 +15,15 @@ def counting(tokens: Tensor) -> Tensor:
 
 
 def test_greedy_goes_on_until_the_end() -> None:
-    assert greedy(counting, [2], end=6, most=20, context=50) == [3, 4, 5]
-    assert greedy(counting, [2], end=6, most=2, context=50) == [3, 4]
-    assert greedy(counting, [2, 3], end=6, most=9, context=3) == [4]
+    assert greedy(counting, [[2]], end=6, most=20, context=50) == [[3, 4, 5]]
+    assert greedy(counting, [[2]], end=6, most=2) == [[3, 4]]
+    assert greedy(counting, [[2, 3]], end=6, most=9, context=2) == [[4]]
+    together = greedy(counting, [[2], [9, 4], [5, 5, 5]], end=6, most=9)
+    assert together == [[3, 4, 5], [5], []]
 
 
 def test_ties_go_to_the_lower_number() -> None:
-    assert greedy(lambda t: torch.zeros(1, t.shape[1], 5), [1], end=4, most=2, context=9) == [0, 0]
+    assert greedy(lambda t: torch.zeros(*t.shape, 5), [[1]], end=4, most=2) == [[0, 0]]
 
 
 @pytest.mark.parametrize(
