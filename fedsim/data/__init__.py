@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fedsim.data.loading import load
     from fedsim.data.partitions import Partition
     from fedsim.data.plot import plot_partition
+    from fedsim.data.pooling import pooled
     from fedsim.data.raw import RawData, supervised
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "RawData",
     "load",
     "plot_partition",
+    "pooled",
     "supervised",
 ]
 
@@ -30,6 +32,7 @@ _HOMES = {
     "RawData": "raw",
     "load": "loading",
     "plot_partition": "plot",
+    "pooled": "pooling",
     "supervised": "raw",
 }
 

@@ -14,7 +14,7 @@ from fedsim.core.averaging import EXAMPLES
 from fedsim.core.model import FlatModel
 from fedsim.core.program import LocalProgram
 from fedsim.core.strategy import route
-from fedsim.data import FederatedData, load
+from fedsim.data import FederatedData, load, pooled
 from fedsim.models import build
 
 if TYPE_CHECKING:
@@ -48,9 +48,13 @@ class Environment:
             experiment: the configuration.
             seed: seed of the run; it fixes the partition (unless `data.seed` does) and the
                 initial model.
-            entry: the strategy whose model it is; None: the model of `[model]` as it stands.
+            entry: which of its strategies, where that matters: it may have a model of its own, or
+                train on pooled examples.
         """
-        data = load(experiment.data, seed if experiment.data.seed is None else experiment.data.seed)
+        place = seed if experiment.data.seed is None else experiment.data.seed
+        data = load(experiment.data, place)
+        if entry is not None and entry.pooled is not None:
+            data = pooled(data, entry.pooled, place)
         spec = experiment.model if entry is None else experiment.modelled(entry)
         module = build(spec, data, seed)
         model = FlatModel(module, criteria.criterion(data.criterion))

@@ -12,7 +12,7 @@ from fedsim.core.events import Event, RoundFinished
 from fedsim.runner import Run, Task
 from fedsim.runtime import flower
 from tests.contract import toy
-from tests.contract.rows import Row, every
+from tests.contract.rows import ROWS, Row, every
 
 
 def execute(row: Row, folder: Path, stop: int = 0, resume: bool = False) -> dict[str, bytes]:
@@ -44,7 +44,7 @@ def failing(message: Message, reply: Message) -> list[Message]:
     return [Message(Error(flower.CLIENT_RAISED, "out of memory"), reply_to=message)]
 
 
-@every()
+@every(ROWS)
 def test_an_abandoned_round_changes_nothing(row: Row) -> None:
     fed = row.federation(wrap=lambda grid: toy.Unreliable(grid, (1, 2, 4, 5, 7), failing, [2]))
     progress = fed.begin()
