@@ -56,6 +56,11 @@ class FedKSeed(ResidentProgram):
         require(self.eps > 0, "eps", self.eps, "above 0")
 
     @property
+    def passes(self) -> float:
+        """Two forward passes, none backward."""
+        return 2.0
+
+    @property
     def incremental(self) -> bool:
         """Whether only what changed in the accumulators is added."""
         return self.rebuild_mode == "incremental"

@@ -40,6 +40,11 @@ class FedZO(ResidentProgram):
         require(self.eps > 0, "eps", self.eps, "above 0")
         require(self.perturbations >= 1, "perturbations", self.perturbations, "1 or more")
 
+    @property
+    def passes(self) -> float:
+        """Two forward passes for each direction, none backward."""
+        return 2.0 * self.perturbations
+
     def run(self, s: ResidentState) -> None:
         """The steps of `[train]`; answers with the model."""
         stream, losses = s.stream("seeds"), list[float]()

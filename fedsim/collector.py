@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from fedsim.config import Experiment, TrainConfig
 from fedsim.core.averaging import examples_of, metrics_of
 from fedsim.core.bulk import Broadcast, Replies
 from fedsim.core.nodes import client_at
+from fedsim.core.program import LocalProgram
 from fedsim.core.records import count_bytes
-from fedsim.core.strategy import Strategy
+from fedsim.core.strategy import Strategy, route
 from fedsim.failpoints import crash_here
 from fedsim.gate import Refusal
 from fedsim.intake import Intake, Row, Tally, Verdict
-from fedsim.runtime.clock import BACKWARD, forward_flops
+from fedsim.runtime.clock import forward_flops
 from fedsim.runtime.fleet import Fleet, Floats
 from fedsim.runtime.work import Environment
 
@@ -56,12 +58,20 @@ class Collector:
         self._deadline = experiment.clock.deadline
         self._intake, self._fleet, self._sizes = intake, fleet, sizes
         self._most = np.array(sizes)
+        self._programs = env.programs
         self._flops = forward_flops(env.model, env.data.fields["x"][:1])
         # Which replies are in time is known when all are timed. On real nodes the first to come in
         # are the first, unless a simulated deadline is asked for.
         self._timed = self._deadline is not None or (
             self._cohort.overselect > 0 and intake.in_order
         )
+
+    @cached_property
+    def _program(self) -> LocalProgram:
+        """The client half as it is configured; plain SGD where there is none of ours."""
+        half = self._programs.get(route(self._strategy.client), LocalProgram)
+        train = self._train.model_dump(exclude_none=True)
+        return half.from_config({**train, **self._strategy.client_config()})
 
     def quorum(self, asked: int) -> int:
         """How many of so many replies must be admitted."""
@@ -213,5 +223,6 @@ class Collector:
 
     def _operations(self, steps: np.ndarray, examples: np.ndarray) -> np.ndarray:
         """Floating-point operations of clients with so many local steps and examples."""
-        passes = np.minimum(steps * self._train.batch_size, self._train.epochs * examples)
-        return np.asarray(passes * self._flops * (1 + BACKWARD))
+        program = self._program
+        seen = np.minimum(steps * program.batch_size, program.epochs * examples)
+        return np.asarray(seen * self._flops * program.passes)

@@ -14,7 +14,7 @@ from fedsim.core.generation import judge
 from fedsim.core.nodes import client_at
 from fedsim.core.records import FlatRecord, as_flat
 from fedsim.core.strategy import Served
-from fedsim.data.instructions import read_answers
+from fedsim.data.tokens import read_answers
 from fedsim.runtime.work import Environment
 
 

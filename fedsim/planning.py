@@ -81,7 +81,8 @@ def plan(experiment: Experiment) -> Plan:
     rounds, costs, cohort = experiment.experiment.rounds, [], 0
     punctual = experiment.model_copy(update={"clock": ClockConfig()})  # the probe needs replies
     for entry in experiment.strategy:
-        own = Environment.of(experiment, seed, entry) if entry.pooled else env
+        alone = entry.pooled or entry.model
+        own = Environment.of(experiment, seed, entry) if alone else env
         grid = LocalGrid(ProgramApp(own), own.data.num_clients)
         fed = Federation(punctual, entry, build_strategy(entry), seed, grid, own)
         start = time.perf_counter()

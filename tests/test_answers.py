@@ -57,6 +57,19 @@ def test_a_strategy_may_have_a_model_of_its_own(tmp_path: Path) -> None:
     assert env.model.layout.num_trainable > 2 * Environment.of(study, 0).model.layout.num_trainable
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"widht": 3}, "strategy.fedavg.model.widht = 3: unknown parameter of char_gpt; did you "),
+        ({"name": "char_gpd"}, 'model.name = "char_gpd": unknown model; did you mean char_gpt'),
+    ],
+)
+def test_faults_of_a_strategys_model_are_named(model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        experiment([{"name": "fedavg", "model": model}])
+    assert message in str(caught.value)
+
+
 def test_a_models_parameter_can_be_tuned(tmp_path: Path) -> None:
     study = experiment(
         [{"name": "fedavg", "tune": {"model.width": [16, 32]}}],
@@ -98,7 +111,7 @@ def test_a_model_that_has_learnt_the_answers_scores_one() -> None:
     study = experiment([{"name": "fedavg"}])
     env = Environment.of(study, 0)
     from fedsim.core.generation import judge
-    from fedsim.data.instructions import read_answers
+    from fedsim.data.tokens import read_answers
 
     decode, end = read_answers(env.data.meta)
     index = torch.from_numpy(env.data.central_test[:4])

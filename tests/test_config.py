@@ -275,14 +275,6 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
             'strategy.fedavg.client = "fedpro": unknown client half; did you mean fedprox?',
         ),
         (
-            {"strategy": [{"name": "fedavg", "model": {"hiden": [3]}}]},
-            "strategy.fedavg.model.hiden = [3]: unknown parameter of mlp; did you mean hidden?",
-        ),
-        (
-            {"strategy": [{"name": "fedavg", "model": {"name": "cnm"}}]},
-            'strategy.fedavg.model.name = "cnm": unknown model; did you mean cnn?',
-        ),
-        (
             {"runtime": {"executor": "thread"}},
             'runtime.executor = "thread": must be "auto", "serial", "threads" or "batched"; '
             "did you mean threads?",

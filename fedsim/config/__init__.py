@@ -17,8 +17,8 @@ from fedsim.config.models import (
     SweepConfig,
     TrainConfig,
     TuneConfig,
-    slug,
 )
+from fedsim.config.types import slug
 
 __all__ = [
     "ClockConfig",

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from fedsim.config.components import PLACES, component_faults
 from fedsim.config.edits import Misplaced, assign, label_of, parse_override, read_toml
 from fedsim.config.faults import Found, problems
-from fedsim.config.models import MAX_SEED, Experiment, Named, StrategyConfig
+from fedsim.config.models import Experiment, Named, StrategyConfig
+from fedsim.config.types import MAX_SEED
 from fedsim.config.values import Path, dotted, look, split_key, unfit
 from fedsim.core.errors import ConfigError, Fault
 from fedsim.core.text import shown, tame

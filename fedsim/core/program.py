@@ -201,6 +201,14 @@ class LocalProgram:
             values[f.name] = value
         return cls(**values)
 
+    @property
+    def passes(self) -> float:
+        """What an example costs in a local step, in forward passes; for the simulated clock.
+
+        Default: a gradient. A backward pass is two products, for the inputs and for the weights.
+        """
+        return 3.0
+
     def fitted(self, info: ModelInfo) -> Self:
         """The program for a model of which only now something is known; default: as it is."""
         return self

@@ -17,8 +17,6 @@ from fedsim.core.model import FlatModel
 
 HOURS = 24.0
 Spans = tuple[tuple[float, float], ...]
-BACKWARD = 2.0
-"""Backward pass in forward passes: one product for the inputs' gradient, one for the weights'."""
 
 
 @dataclass(frozen=True)

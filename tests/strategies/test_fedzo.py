@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,3 +53,18 @@ def test_nothing_is_stored_but_one_model() -> None:
 def test_wrong_parameters_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         FedZO(**wrong)
+
+
+def test_the_clock_charges_forward_passes_alone() -> None:
+    """FedZO's step is two forward passes, FedAvg's a forward and a backward pass: three."""
+    train = {"lr": 0.02, "max_steps": 3, "epochs": 12}
+    for entry, passes in (
+        (StrategyConfig(name="fedavg"), 3),
+        (StrategyConfig(name="fedzo"), 2),
+        (StrategyConfig(name="fedzo", params={"perturbations": 5}), 10),
+        (StrategyConfig(name="fedkseed", params={"pool": 32, "steps": 3}), 2),
+    ):
+        fed = toy.federation(entry, train=train)
+        assert fed.collector._operations(np.array(3), np.array(9)) == (
+            fed.collector._flops * 12 * passes
+        )
