@@ -35,7 +35,8 @@ class FedAP(HierarchicalStrategy):
 
     Where the authors' code errs, the default is what is sound and an option brings theirs back
     (`FedAPOfficial` sets them all): BatchNorm statistics and counters in the distance
-    (``signature="state_dict"``), an absolute threshold (``cut="distance"``), server models with
+    (``signature="state_dict"``), distances that grow with a client's number of steps
+    (``unit=False``), an absolute threshold (``cut="distance"``), server models with
     the statistics they began with (``bn="server_frozen"``), a meta step that overshoots its end
     (``schedule="official"``). Theirs raises where a cluster is smaller than `clients_per_cluster`
     and stops where a client is missing at the clustering; here the first sends to all members, and
@@ -68,7 +69,7 @@ class FedAP(HierarchicalStrategy):
         schedule: Schedule = "stage",
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(**{"unit": True, **options})
         for name, value, literal in (
             ("inner", inner, Inner),
             ("bn", bn, BatchNorm),
@@ -126,6 +127,7 @@ class FedAPOfficial(FedAP):
         official: dict[str, Any] = {
             "warmup_rounds": 40,
             "signature": "state_dict",
+            "unit": False,
             "cut": "distance",
             "t": 5.0,
             "clients_per_cluster": 5,

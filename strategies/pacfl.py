@@ -42,7 +42,7 @@ class PACFL(HierarchicalStrategy):
         self, n_basis: int = 5, angle: Angle = "elementwise", t: float = 4.9, **options: Any
     ) -> None:
         given = {"linkage": "weighted", "cut": "distance", **options}
-        fixed = {"warmup_rounds": 0, "init": "global", "merge_below": 0.0}
+        fixed = {"warmup_rounds": 0, "init": "global", "merge_below": 0.0, "unit": False}
         super().__init__(t=t, **{**given, **fixed})
         self.n_basis, self.angle, self.features = n_basis, angle, 1
 

@@ -303,9 +303,9 @@ def match(old: dict[int, int], new: dict[int, int], fresh: int) -> dict[int, int
 def sketch(vector: Tensor, size: int, seed: int) -> Floats:
     """A seeded random projection: ``S vector / sqrt(size)`` with independent signs in S.
 
-    Distances of sketches are those of the vectors up to about ``sqrt(2 / size)`` (Johnson and
-    Lindenstrauss). The signs are those of `fedsim.core.directions`, so whoever knows the seed can
-    make the sketch, on any device.
+    Squared distances of sketches are unbiased, with a relative deviation of ``sqrt(2 / size)`` at
+    most (Johnson and Lindenstrauss). The signs are those of `fedsim.core.directions`, so whoever
+    knows the seed can make the sketch, on any device.
 
     Args:
         vector: shape [d].

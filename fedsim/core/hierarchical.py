@@ -38,7 +38,10 @@ class HierarchicalStrategy(ClusteredStrategy):
         signature: what is clustered: updates of all ``"params"``, of the ``"last_layer"``, of
             everything in the ``"state_dict"`` (statistics and counters too), or a seeded
             ``"sketch"`` of all parameters.
-        sketch_size: numbers in a sketch; below 64 the gap may mislead.
+        sketch_size: numbers in a sketch. Squared distances of sketches are off by about
+            ``sqrt(2 / sketch_size)``: the less the groups differ, the more numbers it takes.
+        unit: bring signatures to length 1, so that only their directions are compared, not how far
+            a client moves; that depends on its examples and its noise.
         linkage: see `Rule`, as are `metric`, `cut`, `t`, `k`, `gap` and `min_size`.
         init: clusters start from their ``"members"``' mean, or from the ``"global"`` w; then no
             client's model is held in memory, only signatures.
@@ -67,7 +70,8 @@ class HierarchicalStrategy(ClusteredStrategy):
         warmup_rounds: int = 10,
         signature_epochs: int = 3,
         signature: Signature = "params",
-        sketch_size: int = 128,
+        sketch_size: int = 512,
+        unit: bool = False,
         linkage: Linkage = "ward",
         metric: Metric = "euclidean",
         cut: Cut = "gap",
@@ -104,7 +108,8 @@ class HierarchicalStrategy(ClusteredStrategy):
             require(number >= least, name, number, f"{least} or above")
         self.rule = Rule(linkage, metric, cut, float(t), k, float(gap), min_size)
         self.warmup_rounds, self.signature_epochs = warmup_rounds, signature_epochs
-        self.signature, self.sketch_size, self.init = signature, sketch_size, init
+        self.signature, self.sketch_size, self.unit = signature, sketch_size, unit
+        self.init = init
         self.clients_per_cluster, self.recluster_every = clients_per_cluster, recluster_every
         self.late_joiner, self.merge_below = late_joiner, merge_below
         self.clustered = 0
@@ -164,7 +169,9 @@ class HierarchicalStrategy(ClusteredStrategy):
         joins = bool(self.members) and node not in self.members
         if not (self._due or joins):
             return self.members.get(node)
-        self._points[node] = self.signature_of(record, reply)
+        point = self.signature_of(record, reply)
+        length = np.linalg.norm(point) if self.unit else 1.0
+        self._points[node] = point / (length or 1.0)
         if self.init == "members" or joins:
             self._models[node] = record
         return False
@@ -303,7 +310,8 @@ class HierarchicalStrategy(ClusteredStrategy):
     def artefacts(self) -> dict[str, Any]:
         """Every clustering with its tree and why it was cut there, and every merge."""
         rule = {n: getattr(self.rule, n) for n in self.rule.__dataclass_fields__}
-        content = {"rule": rule, "signature": self.signature, "events": self.history}
+        kind = {"signature": self.signature, "unit": self.unit}
+        content = {"rule": rule, **kind, "events": self.history}
         return {"clustering": content} if self.history else {}
 
     def state_dict(self) -> dict[str, Any]:
