@@ -11,7 +11,7 @@ import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from numpy.typing import NDArray
 
-from fedsim.core.bulk import EXAMPLES, Block, Replies
+from fedsim.core.bulk import COMPUTE, EXAMPLES, Block, Replies
 from fedsim.core.nodes import client_at
 from fedsim.core.records import as_flat
 from fedsim.gate import Gate, Refusal, one_line
@@ -145,6 +145,7 @@ def enter(tally: Tally, verdicts: Verdicts, down: int, took_by: Seconds, flops: 
         return longest
     examples = block.metrics[EXAMPLES].astype(np.int64)
     work = flops(block.metrics.get("steps", np.zeros(len(block))), examples)
+    work = work * np.maximum(block.metrics.get(COMPUTE, np.ones(len(block))), 0.0)
     seconds = took_by(block.nodes - 1, work, down, up)
     columns: dict[str, list[Any]] = {"examples": examples.tolist()}
     if "loss" in block.metrics:

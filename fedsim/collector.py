@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fedsim.admission import Admitted, Verdicts, enter, sift
 from fedsim.config import Experiment, TrainConfig
 from fedsim.core.averaging import examples_of, metrics_of
-from fedsim.core.bulk import Broadcast, Replies
+from fedsim.core.bulk import COMPUTE, Broadcast, Replies
 from fedsim.core.nodes import client_at
 from fedsim.core.program import LocalProgram
 from fedsim.core.records import count_bytes
@@ -92,7 +92,8 @@ class Collector:
         asked = len(messages)
         goal = min(goal or asked, asked)
         messages = self._reached(messages, tally)
-        together = None if self._timed else self.together(messages)
+        one_by_one = self._timed or type(self._strategy).timed is not Strategy.timed
+        together = None if one_by_one else self.together(messages)
         if together is not None:
             return self._columns(*together, tally, goal)
         return self._one_by_one(messages, tally, goal, asked)
@@ -176,6 +177,7 @@ class Collector:
         took = self._fleet.seconds(tally.round, np.array([client]), work, down, up)
         seconds = float(took[0])
         tally.add(client, bytes_down=down, bytes_up=up, seconds=seconds)
+        self._strategy.timed(verdict.message.metadata.dst_node_id, seconds)
         return seconds
 
     def _in_time(
@@ -219,7 +221,9 @@ class Collector:
         if isinstance(loss, (int, float)):
             row["loss"] = float(loss)
         done = max(0, int(steps)) if isinstance(steps, (int, float)) else 0
-        return float(self._operations(np.array(done), np.array(examples)))
+        share = metrics.get(COMPUTE, 1.0)
+        share = max(0.0, float(share)) if isinstance(share, (int, float)) else 1.0
+        return share * float(self._operations(np.array(done), np.array(examples)))
 
     def _operations(self, steps: np.ndarray, examples: np.ndarray) -> np.ndarray:
         """Floating-point operations of clients with so many local steps and examples."""

@@ -92,6 +92,7 @@ class Federation:
             experiment.experiment.rounds,
             self.central.loss_of,
             env.model.initial(),
+            tuple(self.fleet.names[kind] for kind in self.fleet.kind.tolist()),
         )
         strategy.setup(self.setting)
         self.collector = Collector(

@@ -59,6 +59,7 @@ STRATEGIES = {
     "rolora": "strategies.rolora:RoLoRA",
     "fedsa_lora": "strategies.fedsa_lora:FedSALoRA",
     "lora_lego": "strategies.lora_lego:LoRALego",
+    "fedspine": "strategies.fedspine:FedSpine",
     "fedavgm": "strategies.flower:FedAvgM",
     "fedadam": "strategies.flower:FedAdam",
     "fedyogi": "strategies.flower:FedYogi",
@@ -94,6 +95,7 @@ CLIENTS = {
     "ffa_lora": "clients.ffa_lora:FFALoRA",
     "rolora": "clients.rolora:RoLoRA",
     "fedsa_lora": "clients.fedsa_lora:FedSALoRA",
+    "fedspine": "clients.fedspine:FedSpine",
 }
 DEVICES = {
     "workstation": "fedsim.runtime.devices:workstation",

@@ -23,6 +23,9 @@ from fedsim.core.records import FlatRecord, Layout, record_bytes
 T = TypeVar("T")
 EXAMPLES = "num-examples"
 """Key of the number of training examples in a reply's metrics, as in Flower."""
+COMPUTE = "compute"
+"""Key of how much a step cost, relative to a forward and a backward pass of the model; 1 where a
+reply does not say. It only sets simulated time."""
 
 
 class Broadcast(Sequence[Message]):

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from fedsim.core.criteria import Criterion
 from fedsim.core.records import FlatRecord, Layout
+from fedsim.core.structure import Structures
 from fedsim.core.vector import Resident
 
 Loss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -55,6 +56,7 @@ class ModelInfo:
         head: names of the entries of the last module that has parameters.
         still: names of the entries that local work never changes, only the server: those that a
             module names in an attribute `still`. Messages may leave them out.
+        structures: what can be pruned, where the module says it (`fedsim.models.pruning.gated`).
     """
 
     layout: Layout
@@ -62,6 +64,7 @@ class ModelInfo:
     buffers: frozenset[str]
     head: frozenset[str]
     still: frozenset[str] = frozenset()
+    structures: Structures | None = None
 
     @staticmethod
     def of(module: nn.Module, layout: Layout) -> ModelInfo:
@@ -82,6 +85,7 @@ class ModelInfo:
             names - frozenset(parameters),
             frozenset(n for n, (prefix, _) in owners.items() if prefix == last and n in names),
             names & still,
+            getattr(module, "structures", None),
         )
 
 

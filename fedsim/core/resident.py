@@ -30,6 +30,8 @@ class ResidentState(LocalState):
         client: partition number.
         num_parameters: p, the length of `w`.
         sizes: number of elements of each trainable entry, in the order of `w`.
+        info: names and shapes of the model.
+        measured: training loss of each gradient so far.
     """
 
     records: Mapping[str, ArrayRecord]
@@ -37,6 +39,8 @@ class ResidentState(LocalState):
     client: int
     num_parameters: int
     sizes: tuple[int, ...]
+    info: ModelInfo
+    measured: list[float]
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,6 +56,10 @@ class ResidentState(LocalState):
 
     def stream(self, purpose: str) -> np.random.Generator:
         """The client's own random stream of this round."""
+        raise TypeError("a ResidentState is made by an executor")
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the resident model: a view of an entry, or a frozen (read-only) parameter."""
         raise TypeError("a ResidentState is made by an executor")
 
     def load(self, flat: Tensor, record: ArrayRecord) -> None:

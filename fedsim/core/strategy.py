@@ -158,6 +158,9 @@ class Strategy(FlowerStrategy):
         replies = yield self.configure_train(server_round, arrays, config, grid)
         return self.aggregate_train(server_round, replies)
 
+    def timed(self, node: int, seconds: float) -> None:
+        """Told how long a node took, in simulated seconds, before its reply is aggregated."""
+
     def models(self, arrays: ArrayRecord) -> dict[str, Served]:
         """The models there are, and for whom. Default: one, for everybody."""
         return {"model": Served(arrays)}

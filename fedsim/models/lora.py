@@ -135,6 +135,7 @@ def lora(
     head: bool = False,
     delta: bool = False,
     weights: str | None = None,
+    prunable: bool = False,
     base_params: dict[str, Any] | None = None,
 ) -> nn.Module:
     """LoRA on the linear layers of another model, whose own weights are frozen.
@@ -155,6 +156,7 @@ def lora(
             lora_lego). Other LoRA strategies leave that out of their messages.
         weights: folder of a finished run of that base, or a ``.safetensors`` file, whose weights
             the base begins with; None: those of the seed.
+        prunable: heads and channels can be removed (fedspine).
         base_params: parameters of the base.
 
     Raises:
@@ -168,7 +170,12 @@ def lora(
     )  # fmt: skip
     if weights is not None:
         load_weights(module, weights)
-    return adapt(module, rank, alpha / rank, targets, head, delta)
+    adapted = adapt(module, rank, alpha / rank, targets, head, delta)
+    if prunable:
+        from fedsim.models.pruning import gated
+
+        gated(adapted)
+    return adapted
 
 
 def load_weights(module: nn.Module, place: str) -> None:

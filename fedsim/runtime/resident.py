@@ -36,7 +36,7 @@ class OneState(ResidentState):
         self.round = int(cast(int, config.get("server-round", 0)))
         self._plan = Plan.of(program, env.data.train, np.array([client]), self.seed, self.round)
         self.num_steps, self.num_examples = int(self._plan.steps[0]), int(self._plan.counts[0])
-        layout = env.model.layout
+        layout, self.info = env.model.layout, env.model.info
         self.num_parameters = layout.num_trainable
         self.start = env.model.initial().flat[: self.num_parameters]
         spans = [layout.span(n) for n in layout.trainable]
@@ -81,6 +81,13 @@ class OneState(ResidentState):
 
     def stream(self, purpose: str) -> np.random.Generator:
         return rng.stream(self.seed, self.round, self.client, purpose)
+
+    def tensor(self, name: str) -> Tensor:
+        model, layout = self._model, self._model.layout
+        if name in layout.order:
+            return layout.view(model.resident.flat, name)
+        found = model.resident.beside.get(name)
+        return model.module.get_parameter(name).detach() if found is None else found
 
     def load(self, flat: Tensor, record: ArrayRecord) -> None:
         given = as_flat(record, self._model.layout)

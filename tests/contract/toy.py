@@ -25,6 +25,7 @@ from fedsim.core.strategy import Strategy, route
 from fedsim.data import FederatedData, Ragged
 from fedsim.federation import Federation, Progress
 from fedsim.models.lora import adapt
+from fedsim.models.pruning import gated
 from fedsim.runner import build_strategy
 from fedsim.runtime.grid import LocalGrid, View
 from fedsim.runtime.work import Environment, client_of, program_class
@@ -106,6 +107,11 @@ def module(kind: str = "softmax", dtype: torch.dtype = torch.float32) -> nn.Modu
                 2,
                 2.0,
                 delta=True,
+            ),
+            "prunable": lambda: gated(
+                adapt(
+                    nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES)), 2, 2.0
+                )
             ),
             "bn": lambda: nn.Sequential(
                 nn.Linear(FEATURES, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, CLASSES)

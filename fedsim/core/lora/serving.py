@@ -196,13 +196,12 @@ class LoRAStrategy(Strategy):
         weights: list[float] = []
         reported: dict[int, MetricRecord] = {}
         for reply in replies:
-            record = reply.content.array_records["arrays"]
             weight = examples_of(reply.content) if self.weighted else 1.0
-            state = from_record(record)
+            state = self.state_of(reply.metadata.src_node_id, reply.content)
             beside = {n: state[n] for n in self.rest.beside}
             rest.add(FlatRecord(self.rest, self.rest.flatten(state), beside), weight)
             metrics.add(metrics_of(reply.content), weight)
-            adapters.append(self.adapter_of(record))
+            adapters.append({m: Factors(state[a], state[b]) for m, (a, b) in self.modules.items()})
             weights.append(weight)
             reported[reply.metadata.src_node_id] = metrics_of(reply.content)
         mean = rest.record()
@@ -244,6 +243,10 @@ class LoRAStrategy(Strategy):
                 view = held.layout.view(flat, name)
                 view.copy_(widened(tensor, view.shape))
         return held.with_flat(flat, beside)
+
+    def state_of(self, node: int, content: RecordDict) -> Mapping[str, torch.Tensor]:
+        """The entries of the model that a node sent back; factors may have fewer ranks."""
+        return from_record(content.array_records["arrays"])
 
     def heard(self, reported: Mapping[int, MetricRecord]) -> None:
         """What the clients reported, by node, before their adapters are merged."""
