@@ -257,6 +257,26 @@ def check(file: File, set_: Set = None, json: Json = False) -> None:
 
 
 @app.command()
+def tune(
+    file: File,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=1000, metavar="N", help="Rounds to time for each.")
+    ] = 2,
+    seed: Seed = None,
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """Time all executors on this machine; print `runtime.executor` and `runtime.workers` to set.
+
+    Parameters of strategies are another matter: the file's section `tune`, which `compare` obeys.
+    """
+    experiment = _load(file, set_)
+    from fedsim import speed, tables
+
+    tables.show_speeds(speed.measure(experiment, rounds, seed), json)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of experiment files."""
     import json

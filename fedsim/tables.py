@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedsim.api import Comparison, Plan
     from fedsim.results.groups import Runs
     from fedsim.runner import RunResult
+    from fedsim.speed import Speeds
 
 
 def show_run(result: RunResult, as_json: bool) -> None:
@@ -94,6 +95,29 @@ def show_plan(plan: Plan, as_json: bool) -> None:
             f"about {duration(cost.seconds)}",
         )
     _print(costs)
+
+
+def show_speeds(speeds: Speeds, as_json: bool) -> None:
+    """Print what every executor took, and the lines to set."""
+    if as_json:
+        print(to_json({**asdict(speeds), "lines": speeds.lines}))
+        return
+    table = _table("", "strategy", "executor")
+    for heading in ("workers", "s/round", "clients/s", "serial ÷ it"):
+        table.add_column(heading, justify="right")
+    table.add_column("how, or why not")
+    serial = {t.strategy: t.seconds for t in speeds.timings if t.executor == "serial"}
+    for t in speeds.timings:
+        numbers = ["–"] * 3
+        if t.seconds is not None:
+            base = serial[t.strategy]
+            numbers = [f"{t.seconds:.4g}", f"{t.clients / t.seconds:.4g}"]
+            numbers.append("–" if base is None else f"{base / t.seconds:.2f}")
+        name = f"{t.executor} (auto)" if t.automatic else t.executor
+        table.add_row(t.strategy, name, str(t.workers), *numbers, t.reason)
+    _print(table)
+    print(f"Fastest for all strategies together, {speeds.seconds:.4g} s a round of each:\n")
+    print(speeds.lines)
 
 
 def show_names(names: Mapping[str, str], as_json: bool) -> None:
