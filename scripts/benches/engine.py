@@ -11,6 +11,9 @@ busy machine disturbs all alike. Quote ratios, not times.
     fedsim, fedsim-serial   whole rounds, with messages, gate, sums and the clients' rows
     plain                   sequential FedAvg by hand; the better of one and two threads
     sum                     overhead only: nothing but the sum of arrays that are there already
+
+With --peers also pfl, BlazeFL, fluke, FedJAX and Flower's simulation, as far as scripts/bench-peers
+has made their environments; this takes some minutes.
 """
 
 from __future__ import annotations
@@ -22,8 +25,13 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import _peers
 
 WORKER = Path(__file__).with_name("_workloads.py")
 ROOT = WORKER.parents[2]
@@ -36,17 +44,17 @@ COHORT = {"small": 100, "cnn_small": 10, "cnn": 10, "overhead": 100}
 class Runner:
     """One runner of one workload in a process of its own."""
 
-    def __init__(self, workload: str, name: str) -> None:
+    def __init__(self, workload: str, name: str, command: Sequence[str] = ()) -> None:
         self.name = name
         self.wall: list[float] = []
         self.cpu: list[float] = []
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
-            [sys.executable, str(WORKER), workload, name],
+            [*command] or [sys.executable, str(WORKER), workload, name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env=_peers.surroundings() if command else {**os.environ, "PYTHONPATH": path},
         )
 
     def read(self) -> dict[str, Any]:
@@ -81,11 +89,13 @@ class Runner:
         self._process.wait()
 
 
-def measure(workload: str, turns: int) -> list[dict[str, Any]]:
+def measure(workload: str, turns: int, peers: bool = False) -> list[dict[str, Any]]:
     """Rows of one workload."""
     names = ["fedsim", "fedsim-serial", "plain-t1", "plain-t2"]
     names += ["sum-t1", "sum-t2"] if workload == "overhead" else []
     runners = [Runner(workload, name) for name in names]
+    if peers:
+        runners += [Runner(workload, *peer) for peer in _peers.commands(workload).items()]
     try:
         for runner in runners:
             runner.read()
@@ -165,10 +175,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--workload", action="append", choices=NAMES, help="only this one")
     parser.add_argument("--turns", type=int, default=8, help="turns of each runner (default: 8)")
+    parser.add_argument("--peers", action="store_true", help="other simulators too")
     options = parser.parse_args(argv)
     content: dict[str, Any] = {"rows": [], "environment": environment()}
+    if options.peers:
+        content["environment"]["peers"] = _peers.versions()
     for workload in options.workload or NAMES:
-        content["rows"] += measure(workload, options.turns)
+        content["rows"] += measure(workload, options.turns, options.peers)
         if options.json:  # after each, so that an interrupted bench leaves what it has
             options.json.write_text(json.dumps(content, indent=1) + "\n")
     print(table(content["rows"]))
