@@ -23,6 +23,7 @@ from fedsim import __version__
 from fedsim.core.errors import ConfigError, FedsimError
 from fedsim.core.text import tame
 from fedsim.deploy.cli import app as device
+from fedsim.model_cli import app as models
 
 if TYPE_CHECKING:
     from fedsim.api import Comparison
@@ -151,6 +152,7 @@ class Kind(StrEnum):
 
 
 app.add_typer(device)
+app.add_typer(models)
 
 
 @app.callback()
@@ -310,39 +312,6 @@ def list_(
     from fedsim import registry, tables
 
     tables.show_names({n: registry.describe(kind.value, n) for n in registry.names(kind)}, json)
-
-
-@app.command("merge-lora")
-def merge_lora(
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTERS...", help="peft folders.")],
-    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the merged adapter.")],
-    method: Annotated[
-        str, typer.Option(help="lego, fedit, flora, flexlora, hetlora, ensemble, ties, dare, ...")
-    ] = "lego",
-    rank: Annotated[
-        str | None, typer.Option(metavar="K|sum|max", help="Rank of the result.")
-    ] = None,
-    no_output_reweight: Annotated[
-        bool, typer.Option("--no-output-reweight", help="Leave out that step of lego.")
-    ] = False,
-    no_parameter_reweight: Annotated[
-        bool, typer.Option("--no-parameter-reweight", help="Leave out that step of lego.")
-    ] = False,
-    weight: Annotated[
-        list[float] | None, typer.Option(help="Of each adapter, in order; default: all alike.")
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Another option of the method. Repeatable."),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Merge LoRA adapters of one base model; peft loads the result."""
-    from fedsim.models import merge_command
-
-    left_out = {"output": no_output_reweight, "parameter": no_parameter_reweight}
-    chosen = {f"{step}_reweight": False for step, out_ in left_out.items() if out_}
-    merge_command.run(adapters, out, method, rank, weight, option or [], chosen, json)
 
 
 @app.command()

@@ -28,9 +28,10 @@ from fedsim.failpoints import crash_here
 from fedsim.federation import Federation, Progress
 from fedsim.journal import Journal, Snapshot
 from fedsim.ledger import Ledger
+from fedsim.models.exporting import save_adapter, source_of
 from fedsim.results import RunWriter, environment
 from fedsim.results.files import write_atomic
-from fedsim.runtime.choose import Choice
+from fedsim.runtime.choose import ON_NODES, Choice
 from fedsim.runtime.engine import Engine
 from fedsim.runtime.grid import LocalGrid
 from fedsim.runtime.remote import RemoteGrid
@@ -291,7 +292,11 @@ class Run:
     def _finish(self, progress: Progress) -> RunResult:
         self.writer.write_tables(progress.rounds, progress.clients, progress.timings)
         crash_here("run.tables")
-        save_models(self.task.path, self.federation.final_models(progress))
+        models = self.federation.final_models(progress)
+        save_models(self.task.path, models)
+        module, layout = self.env.model.module, self.env.model.layout
+        base = source_of(self.task.experiment.model.model_dump(mode="json"))
+        save_adapter(self.task.path / "adapter", module, models, layout, base)
         save_artefacts(self.task.path, self.federation.artefacts())
         crash_here("run.models")
         self._status("finished", progress.round)

@@ -25,6 +25,15 @@ def show_run(result: RunResult, as_json: bool) -> None:
         print(f"{result.path}  {metric_text(result.metrics)}".rstrip())
 
 
+def show_metrics(rows: Mapping[str, Mapping[str, float]], as_json: bool) -> None:
+    """Print the metrics of a model on one set of data after another."""
+    for data, row in rows.items():
+        if as_json:
+            print(to_json({"data": data, **row}))
+        else:
+            print(f"{data}  " + "  ".join(f"{name} {value:.4f}" for name, value in row.items()))
+
+
 def show_comparison(result: Comparison, as_json: bool) -> None:
     """Print the strategies' numbers, and where the report is."""
     if as_json:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import RecordDict
+from torch import Tensor
 
-from fedsim.core.lora import Adapter, Factors, rolora, trained_factor
+from fedsim.core.lora import Adapter, rolora, trained_factor
 from fedsim.core.lora.serving import LoRAStrategy
 from fedsim.core.records import Layout, from_record
 
@@ -43,11 +44,10 @@ class RoLoRA(LoRAStrategy):
     def _frozen(self, trains: str) -> frozenset[str]:
         return frozenset(pair["ba".index(trains)] for pair in self.modules.values())
 
-    def adapter_of(self, record: ArrayRecord) -> dict[str, Factors]:
+    def state_of(self, node: int, content: RecordDict) -> Mapping[str, Tensor]:
         """The factor that was trained, and the server's frozen one."""
         assert self.sent is not None, "call configure_train() first"
-        state = from_record(self.sent) | from_record(record)
-        return {m: Factors(state[a], state[b]) for m, (a, b) in self.modules.items()}
+        return from_record(self.sent) | dict(super().state_of(node, content))
 
     def merge(
         self, server_round: int, adapters: Sequence[Adapter], weights: Sequence[float], rank: int

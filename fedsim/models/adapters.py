@@ -64,7 +64,7 @@ def read_adapter(folder: str | Path, like: PeftAdapter | None = None) -> PeftAda
     """Read a folder.
 
     Args:
-        folder: that `PeftModel.save_pretrained` or `write_adapter` wrote.
+        folder: that `PeftModel.save_pretrained` or `write_adapter` wrote, or a run that has one.
         like: if given, modules, shapes, ranks, scalings and base must be as there.
 
     Raises:
@@ -72,6 +72,8 @@ def read_adapter(folder: str | Path, like: PeftAdapter | None = None) -> PeftAda
     """
     path = Path(folder)
     where = tame(str(path))
+    if not (path / CONFIG).exists() and (path / "adapter" / CONFIG).exists():
+        path = path / "adapter"
     config = _config(path, where)
     tensors, base_hash = _tensors(path, where)
     pairs: dict[str, dict[str, Tensor]] = {}
