@@ -31,7 +31,7 @@ from fedsim.ledger import Ledger
 from fedsim.models.exporting import save_adapter, source_of
 from fedsim.results import RunWriter, environment
 from fedsim.results.files import write_atomic
-from fedsim.runtime.choose import ON_NODES, Choice
+from fedsim.runtime.choose import Choice
 from fedsim.runtime.engine import Engine
 from fedsim.runtime.grid import LocalGrid
 from fedsim.runtime.remote import RemoteGrid
