@@ -103,3 +103,19 @@ def chat(
     lines = [f"{prompt} | {input_}"] if prompt is not None else sys.stdin
     for said in tryout.chat(path, on or [], seed, set_ or [], lines, most):
         typer.echo(said)
+
+
+@app.command("slice")
+def slice_(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Finished run of fedspine.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the models.")],
+    client: Annotated[
+        list[int] | None,
+        typer.Option(min=0, metavar="N", help="Which client; default: all. Repeatable."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write the pruned models of clients, groups sliced out and adapters merged."""
+    from fedsim import slicing, tables
+
+    tables.show_sliced(slicing.export(run, out, client or []), json)

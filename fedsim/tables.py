@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +127,23 @@ def show_speeds(speeds: Speeds, as_json: bool) -> None:
     _print(table)
     print(f"Fastest for all strategies together, {speeds.seconds:.4g} s a round of each:\n")
     print(speeds.lines)
+
+
+def show_sliced(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """Print what `fedsim slice` wrote."""
+    if as_json:
+        for row in rows:
+            print(to_json(row))
+        return
+    table = _table("", "client")
+    for heading in ("weights", "groups removed"):
+        table.add_column(heading, justify="right")
+    table.add_column("file")
+    for row in rows:
+        table.add_row(
+            str(row["client"]), f"{row['weights']:,}", f"{row['pruned']:.1%}", row["file"]
+        )
+    _print(table)
 
 
 def show_names(names: Mapping[str, str], as_json: bool) -> None:
