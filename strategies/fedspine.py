@@ -45,7 +45,7 @@ class FedSpine(LoRAStrategy):
     .policy`). Ours: clients begin each round with new importance, so that they hold no state, and
     the server remembers who has which groups left. Ranking groups across layers is left out.
     Time is that of the virtual clock. With ``target = 0`` and one rank it is FlexLoRA (`dense`) or
-    FedIT (`pad`), bit for bit.
+    FedIT (`pad`), bit for bit where those run one client after another, as this does.
 
     Needs ``model = {name = "lora", prunable = true, ...}``.
 

@@ -99,7 +99,11 @@ class Structures:
                 rows.setdefault(path, []).append(index[:, kept[s.name]].flatten())
             path, index = s.columns
             columns.setdefault(path, []).append(index[kept[s.name]].flatten())
-        return tuple({p: torch.cat(i).sort().values for p, i in x.items()} for x in (rows, columns))  # type: ignore[return-value]
+        found = []
+        for side, axis in ((rows, 0), (columns, 1)):
+            left = {path: torch.cat(parts).sort().values for path, parts in side.items()}
+            found.append({p: i for p, i in left.items() if len(i) < self.shapes[p][axis]})
+        return found[0], found[1]
 
 
 def packed(kept: Kept, items: Iterable[Structure]) -> Tensor:

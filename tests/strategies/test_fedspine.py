@@ -16,7 +16,7 @@ from fedsim.core.structure import packed, removed
 from fedsim.federation import Federation
 from strategies.fedspine import FedSpine
 from tests.contract.rows import Row
-from tests.contract.toy import Unreliable, messages_of, run
+from tests.contract.toy import Unreliable, messages_of, run, sha256
 
 FLEET = {"fleet": [{"name": "jetson_tx2"}, {"name": "workstation"}]}
 
@@ -137,3 +137,13 @@ def test_messages_name_target_and_rank() -> None:
         config = message.content.config_records["config"]
         assert config["target"] == pytest.approx(0.25)
         assert config["rank"] == 2
+
+
+@pytest.mark.parametrize(("aggregation", "simpler"), [("dense", "flexlora"), ("pad", "fedit")])
+def test_without_pruning_it_is_the_simpler_strategy_bit_for_bit(
+    aggregation: str, simpler: str
+) -> None:
+    options = {"target": 0.0, "policy": "fixed", "aggregation": aggregation}
+    mine = Row("fedspine", options, model="prunable").federation(runtime={"executor": "serial"})
+    theirs = Row(simpler, model="prunable").federation(runtime={"executor": "serial"})
+    assert sha256(run(mine).arrays) == sha256(run(theirs).arrays)
