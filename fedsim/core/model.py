@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,26 @@ def travelling(module: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in module.state_dict().items() if n in trainable or n not in parameters}
 
 
+def base_of(module: nn.Module) -> str:
+    """Digest of a module's frozen weights, and of what its layers multiply updates by.
+
+    Two parties whose digests differ do not mean the same model by the same trained entries.
+    """
+    frozen = {n: p for n, p in module.named_parameters() if not p.requires_grad}
+    if not frozen:
+        return ""
+    total = hashlib.sha256()
+    for name, child in module.named_modules():
+        scaling = getattr(child, "scaling", None)
+        if isinstance(scaling, float):
+            total.update(f"{name} {scaling!r}\n".encode())
+    for name, tensor in sorted(frozen.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        raw = tensor.detach().cpu().contiguous().reshape(-1)
+        total.update(memoryview(raw.view(torch.uint8).numpy()))
+    return total.hexdigest()[:16]
+
+
 def is_stochastic(module: nn.Module) -> bool:
     """Whether the module draws random numbers in training (dropout)."""
     kinds = (nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention)
@@ -57,6 +78,8 @@ class ModelInfo:
         still: names of the entries that local work never changes, only the server: those that a
             module names in an attribute `still`. Messages may leave them out.
         structures: what can be pruned, where the module says it (`fedsim.models.pruning.gated`).
+        base: digest of the weights that are not trained and of layers' `scaling`; empty where
+            everything is trained. Server and clients must agree on it.
     """
 
     layout: Layout
@@ -65,6 +88,7 @@ class ModelInfo:
     head: frozenset[str]
     still: frozenset[str] = frozenset()
     structures: Structures | None = None
+    base: str = ""
 
     @staticmethod
     def of(module: nn.Module, layout: Layout) -> ModelInfo:
@@ -86,6 +110,7 @@ class ModelInfo:
             frozenset(n for n, (prefix, _) in owners.items() if prefix == last and n in names),
             names & still,
             getattr(module, "structures", None),
+            base_of(module),
         )
 
 

@@ -78,6 +78,12 @@ class Request:
                 f"no client half for route {self.message_type!r}; "
                 f"known: {', '.join(sorted(env.programs))}"
             )
+        base, own = config.get("base", env.model.info.base), env.model.info.base
+        if base != own:
+            raise RunError(
+                f"the server's base model is {base}, this client's {own}: other frozen weights, or "
+                "another alpha"
+            )
         return Work(
             self.program,
             clients,

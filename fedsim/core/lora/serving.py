@@ -106,6 +106,10 @@ class LoRAStrategy(Strategy):
         """Configuration for clients of a rank in one round, besides `client_config`."""
         return {}
 
+    def client_config(self) -> dict[str, Any]:
+        """Which base the adapters belong to: a client with another one refuses."""
+        return {"base": self.setting.info.base}
+
     def part(self, rank: int) -> Layout:
         """The layout of what a client of that rank holds: its adapter, and the rest."""
         if rank not in self._parts:
