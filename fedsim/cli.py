@@ -149,6 +149,7 @@ class Kind(StrEnum):
     models = "models"
     partitioners = "partitioners"
     devices = "devices"
+    oracles = "oracles"
 
 
 app.add_typer(device)

@@ -17,7 +17,7 @@ from fedsim.config import Experiment, StrategyConfig
 from fedsim.core.bulk import Broadcast
 from fedsim.core.errors import RunError
 from fedsim.core.records import materialise
-from fedsim.runtime import code, flower, resident
+from fedsim.runtime import agent, code, flower, resident
 from fedsim.runtime.answers import CohortReplies, contents
 from fedsim.runtime.engine import Engine
 from fedsim.runtime.envelope import ENROL, Enrolment, Envelope
@@ -110,8 +110,9 @@ class ProgramApp(ClientApp):
         env = self.environment(context)
         if action not in env.programs or kind not in ("train", "evaluate"):
             return super().__call__(message, context)
-        if env.programs[action].resident:
-            content = resident.answer(message, context, env)
+        half = env.programs[action]
+        if half.resident or half.agent:
+            content = (agent if half.agent else resident).answer(message, context, env)
             return Message(content if self._given else materialise(content), reply_to=message)
         said = Request(message.content, message.metadata.message_type, lambda _: context, env)
         work = said.work(np.array([int(context.node_config[PARTITION])]))
@@ -132,7 +133,7 @@ class ProgramApp(ClientApp):
             return None
         if kind not in ("train", "evaluate") or "arrays" not in broadcast.content:
             return None
-        if self._given.programs[action].resident:
+        if (half := self._given.programs[action]).resident or half.agent:
             return None
         said = Request(broadcast.content, broadcast.message_type, context_of, self._given)
         return CohortReplies(said, broadcast.nodes, self.engine, broadcast.message_to)

@@ -11,7 +11,9 @@ import torch
 from flwr.app import ArrayRecord
 
 from fedsim.core.generation import judge
+from fedsim.core.model import FlatModel
 from fedsim.core.nodes import client_at
+from fedsim.core.parts import shapes_of
 from fedsim.core.records import FlatRecord, as_flat
 from fedsim.core.strategy import Served
 from fedsim.data.tokens import read_answers
@@ -40,7 +42,7 @@ class Central:
             sums += self._measure(served.arrays, index) * weight
             total += weight
         loss, right, count = (sums / total).tolist()
-        return self._named(loss / count, right / count)
+        return self.named(loss / count, right / count)
 
     def answer(self, models: Mapping[str, Served], count: int, tokens: int) -> dict[str, float]:
         """Rouge-L and exact matches of greedy answers to the central test set's instructions.
@@ -75,15 +77,28 @@ class Central:
 
     def _whole(self, arrays: ArrayRecord) -> bool:
         """Whether a model has every entry: one without its personal layers cannot be judged."""
-        layout = self.env.model.layout
-        return (isinstance(arrays, FlatRecord) and arrays.layout is layout) or set(
-            layout.names
-        ) <= set(arrays)
+        return self._model(arrays) is not None
+
+    def _model(self, arrays: ArrayRecord) -> FlatModel | None:
+        """The architecture that these are the values of."""
+        if isinstance(arrays, FlatRecord) and arrays.layout is self.env.model.layout:
+            return self.env.model
+        others = len(self.env.architectures) > 1
+        shapes = shapes_of(arrays) if others else {}
+        for model in self.env.architectures:
+            layout = model.layout
+            if set(layout.names) <= set(arrays) and (
+                not others
+                or all(shapes[n] == s for n, s in zip(layout.names, layout.shapes, strict=True))
+            ):
+                return model
+        return None
 
     def _measure(self, arrays: ArrayRecord, index: torch.Tensor) -> torch.Tensor:
         """Sums over these examples of loss, right predictions and positions; float64 [3]."""
-        record, env = as_flat(arrays, self.env.model.layout), self.env
-        return env.model.measure(record, env.data.fields, index, env.batch_size).double().sum(1)
+        env, model = self.env, self._model(arrays) or self.env.model
+        record = as_flat(arrays, model.layout)
+        return model.measure(record, env.data.fields, index, env.batch_size).double().sum(1)
 
     def loss_of(self, arrays: ArrayRecord, node: int | None = None) -> float:
         """Mean loss on the central test set, or on the node's data (see `Setting.evaluate`)."""
@@ -94,7 +109,8 @@ class Central:
         loss, _, count = self._measure(arrays, torch.from_numpy(rows)).tolist()
         return loss / max(count, 1.0)
 
-    def _named(self, loss: float, accuracy: float) -> dict[str, float]:
+    def named(self, loss: float, accuracy: float) -> dict[str, float]:
+        """Mean loss and accuracy by the names that the task gives them."""
         kind = self.env.data.criterion
         row = {"loss": loss}
         if kind != "mse":

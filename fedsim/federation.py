@@ -18,7 +18,8 @@ from fedsim.admission import judgements
 from fedsim.collector import Collector, RoundAbandoned
 from fedsim.config import Experiment, StrategyConfig, TrainConfig
 from fedsim.core import rng
-from fedsim.core.errors import RunError
+from fedsim.core.agent import CENTRAL
+from fedsim.core.errors import ConfigError, RunError
 from fedsim.core.nodes import node_of
 from fedsim.core.records import as_flat, from_record
 from fedsim.core.strategy import Served, Setting, Strategy, route
@@ -93,7 +94,13 @@ class Federation:
             self.central.loss_of,
             env.model.initial(),
             tuple(self.fleet.names[kind] for kind in self.fleet.kind.tolist()),
+            models=env.architectures,
+            assignment=env.assignment,
+            public=env.data.fields["x"][env.data.public] if len(env.data.public) else None,
+            public_digest=env.data.public_digest,
+            num_outputs=env.data.num_outputs,
         )
+        self._check_zoo()
         strategy.setup(self.setting)
         self.collector = Collector(
             experiment, self.train, strategy, self.intake, self.fleet, self._train, env
@@ -214,6 +221,8 @@ class Federation:
         """
         strategy, env = self.strategy, self.env
         half = env.programs.get(route(strategy.client))
+        if half is not None and half.agent:
+            return Choice("serial", "clients answer for themselves")
         if half is None or half.resident:
             return Choice("serial", "it works in place on the one resident model")
         program = half.from_config({**self.told(1), **strategy.client_config()})
@@ -252,7 +261,9 @@ class Federation:
         config, last = self.experiment.evaluate, self.experiment.experiment.rounds
         row: Row = {}
         if config.central and (server_round % config.every == 0 or server_round == last):
-            row.update(self.central.judge(self.strategy.models(arrays)))
+            models = self.strategy.models(arrays)
+            found = self.central.judge(models) if models else self.by_clients(server_round, arrays)
+            row.update(found)
             for name, model in self.strategy.also_evaluated(arrays).items():
                 also = self.central.judge({name: Served(model)})
                 row.update({f"{name}_{column}": value for column, value in also.items()})
@@ -267,6 +278,30 @@ class Federation:
         ):
             row.update(self.on_clients(server_round, arrays, tally))
         return row
+
+    def by_clients(self, server_round: int, arrays: ArrayRecord) -> Row:
+        """What the clients' own models give on the central test set: the mean over clients."""
+        count = len(self.env.data.central_test)
+        told = {**self.told(max(server_round, 1)), CENTRAL: True}
+        messages = self.strategy.configure_evaluate(
+            server_round, arrays, ConfigRecord(told), View(self.grid, self._present(self.trainers))
+        )
+        tally = Tally(server_round, self.env.data.client_names)
+        judged = self.intake.judgements(messages, tally, [count] * self.env.data.num_clients)
+        found = [judgement for _, judgement in judged] if count else []
+        if not found:
+            return {}
+        return self.central.named(*(float(np.mean([f[i] for f in found])) for i in (1, 2)))
+
+    def _check_zoo(self) -> None:
+        """Raise `ConfigError` if clients have models of their own, but the strategy sends one."""
+        half = self.env.programs.get(route(self.strategy.client))
+        if self.env.models and not getattr(half, "any_model", False):
+            raise ConfigError(
+                f"zoo.models gives clients {len(self.env.architectures)} architectures, but "
+                f"strategy {type(self.strategy).__name__} sends them all one model; leave zoo out, "
+                "or choose a strategy of knowledge, such as knfu"
+            )
 
     def on_clients(self, server_round: int, arrays: ArrayRecord, tally: Tally) -> Row:
         """Mean over clients of what each one's own model gives on its held-out examples."""

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedsim.core.averaging import EXAMPLES
-from fedsim.core.packets import PACKET, Expected, packet_of
+from fedsim.core.packets import PACKET, Checked, Expected, packet_of
 from fedsim.core.records import (
     BFLOAT16,
     NPY,
@@ -117,6 +117,8 @@ class Gate:
                     _check_packet(record, want)
                 else:
                     record = self.checked(record, as_flat(want).layout)
+                if isinstance(want, Checked):
+                    _check_record(cast(FlatRecord, record), want)
             admitted[name] = record
         return admitted
 
@@ -186,6 +188,14 @@ def _check_packet(record: ArrayRecord, want: Expected) -> None:
     _check_array(PACKET, array, tuple(array.shape), "uint8")
     try:
         want.check(packet_of(record))
+    except ValueError as error:
+        raise Refusal("malformed", one_line(str(error))) from None
+
+
+def _check_record(record: FlatRecord, want: Checked) -> None:
+    """The strategy's own test of a record that is in order otherwise."""
+    try:
+        want.check(record)
     except ValueError as error:
         raise Refusal("malformed", one_line(str(error))) from None
 

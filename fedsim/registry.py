@@ -105,6 +105,11 @@ DEVICES = {
     "jetson_nx": "fedsim.runtime.devices:jetson_nx",
     "jetson_agx": "fedsim.runtime.devices:jetson_agx",
 }
+ORACLES = {
+    "held": "fedsim.runtime.oracles:Held",
+    "called": "fedsim.runtime.oracles:Called",
+    "folder": "fedsim.runtime.oracles:Folder",
+}
 SINGULAR = {
     "strategies": "strategy",
     "clients": "client half",
@@ -112,6 +117,7 @@ SINGULAR = {
     "models": "model",
     "partitioners": "partitioner",
     "devices": "device",
+    "oracles": "oracle",
 }
 """The kinds of components, and what one of them is called."""
 GIVEN = {
@@ -123,6 +129,7 @@ GIVEN = {
 NEEDY = frozenset(
     {"huggingface", "npz", "plays", "natural_instructions", "dolly", "alpaca", "hf_causal_lm"}
     | {"dirichlet", "inner_dirichlet", "size", "grouped_natural", "vertical_size"}
+    | {"called", "folder"}
 )
 """Built-in components that cannot be made without parameters."""
 _EXTRAS = {
@@ -163,7 +170,12 @@ def builtin(kind: str) -> Mapping[str, str]:
         return getattr(catalogue, kind.upper())
     if kind == "models":
         return importlib.import_module("fedsim.models.catalogue").MODELS
-    return {"strategies": STRATEGIES, "clients": CLIENTS, "devices": DEVICES}[kind]
+    return {
+        "strategies": STRATEGIES,
+        "clients": CLIENTS,
+        "devices": DEVICES,
+        "oracles": ORACLES,
+    }[kind]
 
 
 @lru_cache
@@ -200,8 +212,8 @@ def resolve(kind: str, name: str) -> Any:
     """The component of that name.
 
     Args:
-        kind: ``"strategies"``, ``"clients"``, ``"datasets"``, ``"models"``, ``"partitioners"`` or
-            ``"devices"``.
+        kind: ``"strategies"``, ``"clients"``, ``"datasets"``, ``"models"``, ``"partitioners"``,
+            ``"devices"`` or ``"oracles"``.
         name: built-in name, name of a plug-in, or ``"package.module:attribute"``.
 
     Raises:

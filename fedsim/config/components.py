@@ -24,9 +24,10 @@ PLACES: dict[Path, str] = {
     ("data", "partition"): "partitioners",
     ("model",): "models",
     ("clock", "device"): "devices",
+    ("oracle",): "oracles",
 }
 """Where an experiment names a component besides `[[strategy]]`, and of which kind."""
-_BUILT = ("strategies", "devices")
+_BUILT = ("strategies", "devices", "oracles")
 """Kinds whose constructors are light and judge their values, so that building one is a check."""
 
 

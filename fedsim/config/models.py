@@ -119,8 +119,25 @@ class DataConfig(Section):
     """Share of all examples kept for the central test set where the dataset brings none."""
     min_examples: int = Field(default=2, ge=1, le=10**9)
     """Fewest examples a client may have; natural clients with fewer are left out."""
+    public: int = Field(default=0, ge=0, le=10**9)
+    """Examples taken from the clients for a public set; their labels are not used."""
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     """Seed of split and partition; none: the run's seed, so that every run has its own."""
+
+
+class ZooConfig(Section):
+    """`[zoo]`: clients with models of different architectures."""
+
+    models: Annotated[list[Named], Field(max_length=100), BeforeValidator(_listed)] = []
+    """Further architectures; number 0 is `model`, these are 1, 2, ..."""
+    assignment: Annotated[list[int], Field(max_length=10**6), BeforeValidator(_listed)] = []
+    """Number of the architecture of client 0, 1, ..., repeated; none: each in turn."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if any(not 0 <= n <= len(self.models) for n in self.assignment):
+            raise ValueError(f"assignment must hold numbers from 0 to {len(self.models)}")
+        return self
 
 
 class CohortConfig(Section):
@@ -325,6 +342,9 @@ class Experiment(Section):
     data: DataConfig
     model: Named
     """Model by name."""
+    zoo: ZooConfig = ZooConfig()
+    oracle: Named = Named(name="held")
+    """Who labels what clients want labelled: `held` (the data's labels), `folder`, `called`."""
     cohort: CohortConfig = CohortConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

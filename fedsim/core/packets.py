@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord
 
-from fedsim.core.records import TensorArray, to_tensor
+from fedsim.core.records import FlatRecord, TensorArray, to_tensor
 
 PACKET = "packet"
 """Name of the entry."""
@@ -50,6 +50,21 @@ class Expected(ArrayRecord):
 
     limit: int
     check: Callable[[bytes], object]
+
+
+class Checked(FlatRecord):
+    """Stands in `Strategy.expected` for a record of arrays that has to pass a test besides.
+
+    Args:
+        like: a record of the layout that must come.
+        check: called with the record; raises `ValueError` if it must not reach the strategy.
+    """
+
+    def __init__(self, like: FlatRecord, check: Callable[[FlatRecord], object]) -> None:
+        super().__init__(like.layout, like.flat, like.beside)
+        self.__dict__["check"] = check
+
+    check: Callable[[FlatRecord], object]
 
 
 class Header(NamedTuple):

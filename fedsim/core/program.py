@@ -167,6 +167,8 @@ class LocalProgram:
     """Whether `init`, `step` and `final` also hold for stacked vectors of shape [clients, p]."""
     resident: ClassVar[bool] = False
     """Whether it works in place on the one resident model (`fedsim.core.resident`)."""
+    agent: ClassVar[bool] = False
+    """Whether it answers messages by itself (`fedsim.core.agent`)."""
     opens: ClassVar[tuple[str, ...]] = ("arrays",)
     """Names of the records that `opened` makes the model from; others arrive as vectors."""
     own_start: ClassVar[bool] = False

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
+from torch import Tensor
 
 from fedsim.core.averaging import MetricMean, examples_of, metrics_of
 from fedsim.core.bulk import Broadcast
-from fedsim.core.model import ModelInfo
+from fedsim.core.model import FlatModel, ModelInfo
 
 Aggregate = tuple["ArrayRecord | None", "MetricRecord | None"]
 Exchange = Generator[Sequence[Message], Iterable[Message], Aggregate]
@@ -52,6 +53,11 @@ class Setting:
             the held-out examples, or the training examples where there are none.
         initial: the initial model, which every client can make for itself; read-only.
         devices: name of the device profile of each client; empty where the server does not know.
+        models: the architectures, where clients differ; the first is that of `initial`.
+        assignment: which architecture each client has, repeated over the clients.
+        public: inputs of the public examples, in their order; None: there are none.
+        public_digest: digest of the public examples.
+        num_outputs: classes, vocabulary size, or regression outputs.
     """
 
     info: ModelInfo
@@ -61,6 +67,11 @@ class Setting:
     evaluate: Evaluate | None = None
     initial: ArrayRecord | None = None
     devices: tuple[str, ...] = ()
+    models: Sequence[FlatModel] = ()
+    assignment: Sequence[int] = (0,)
+    public: Tensor | None = None
+    public_digest: str = ""
+    num_outputs: int = 0
 
 
 class Strategy(FlowerStrategy):
@@ -162,7 +173,10 @@ class Strategy(FlowerStrategy):
         """Told how long a node took, in simulated seconds, before its reply is aggregated."""
 
     def models(self, arrays: ArrayRecord) -> dict[str, Served]:
-        """The models there are, and for whom. Default: one, for everybody."""
+        """The models there are, and for whom. Default: one, for everybody.
+
+        None at all: models stay with the clients, who are asked to judge them.
+        """
         return {"model": Served(arrays)}
 
     def also_evaluated(self, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
@@ -175,8 +189,10 @@ class Strategy(FlowerStrategy):
         """Send every node of the grid the model meant for it."""
         told = {**config, "server-round": server_round}
         nodes = sorted(grid.get_node_ids())
-        parts = []
-        for served in self.models(arrays).values():
+        models, parts = self.models(arrays), []
+        if not models:
+            return self.broadcast("evaluate", self.client_arrays(), told, nodes)
+        for served in models.values():
             mine = nodes if served.clients is None else sorted(set(nodes) & set(served.clients))
             content = {"arrays": served.arrays, **self.client_arrays()}
             parts.append(self.broadcast("evaluate", content, told, mine))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedsim.core.model import ModelInfo
 from fedsim.core.records import Layout, from_record
-from fedsim.core.strategy import Setting, Strategy
+from fedsim.core.strategy import Aggregate, Setting, Strategy
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -50,4 +52,54 @@ class Unaided(Strategy):
             seed = int(str((options.get("train_config") or {}).get("seed", 0)))
             nodes = len(list(grid.get_node_ids()))
             self.setup(Setting(guessed(initial_arrays), nodes, seed, num_rounds))
-        return super().start(grid, self.start_arrays(initial_arrays), num_rounds, **options)
+        first = self.start_arrays(initial_arrays)
+        if type(self).exchange is Strategy.exchange:
+            return super().start(grid, first, num_rounds, **options)
+        return Spoken(self, options.get("timeout", 3600)).start(grid, first, num_rounds, **options)
+
+
+class Spoken(FlowerStrategy):
+    """Lets Flower's loop hold conversations of several phases (see `Strategy.exchange`).
+
+    Args:
+        strategy: whose rounds are conversations.
+        timeout: seconds to wait for the replies of a phase.
+    """
+
+    def __init__(self, strategy: Strategy, timeout: float) -> None:
+        self._strategy, self._timeout = strategy, timeout
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """What the strategy says first."""
+        self._grid = grid
+        self._round = self._strategy.exchange(server_round, arrays, config, grid)
+        return next(self._round)
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
+        """The rest of the round."""
+        while True:
+            try:
+                more = self._round.send([r for r in replies if not r.has_error()])
+            except StopIteration as done:
+                result: Aggregate = done.value
+                return result
+            answers = self._grid.send_and_receive(more, timeout=self._timeout)
+            replies = sorted(answers, key=lambda reply: reply.metadata.src_node_id)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Pass on."""
+        return self._strategy.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Pass on."""
+        return self._strategy.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        """Pass on."""
+        self._strategy.summary()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -95,6 +96,8 @@ class FederatedData:
         groups: int64 [num_clients], planted ground truth for clustering, or None.
         fingerprint: hex digest of all of the above but the names.
         meta: facts of the dataset, for example ``"vocab"``, ``"labels"``, ``"optimum"``.
+        public: int64, examples that everybody has, in the order in which they are spoken of;
+            they belong to no client and to no test set, and their labels are not used.
     """
 
     name: str
@@ -110,11 +113,18 @@ class FederatedData:
     groups: np.ndarray | None
     fingerprint: str
     meta: dict[str, object]
+    public: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def num_clients(self) -> int:
         """Number of clients, held-out ones included."""
         return len(self.train)
+
+    @cached_property
+    def public_digest(self) -> str:
+        """Digest of the public examples' inputs in their order; empty where there are none."""
+        rows = self.public
+        return digest(self.fields["x"][rows].numpy()) if len(rows) else ""
 
 
 def digest(*parts: object) -> str:

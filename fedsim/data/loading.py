@@ -60,17 +60,19 @@ def _load(data: DataConfig, seed: int) -> FederatedData:
         )
     raw.check()
     pool, central = _central_test(raw, data.central_test_fraction, seed)
+    pool, public = _public(raw, pool, data.public, seed)
     partition = _partition(data, raw, pool, seed)
     clients = partition.clients
     heldout = _heldout_clients(data.heldout_clients, len(clients), seed)
     is_test = _heldout_examples(clients, len(raw), data.test_fraction, seed)
     fields = _prepared(raw, pool)
     if partition.view is not None:
-        rows = np.concatenate([central, clients.values])
-        owner = np.concatenate([np.full(len(central), -1), clients.owners])
+        rows = np.concatenate([central, public, clients.values])
+        nobodys = len(central) + len(public)
+        owner = np.concatenate([np.full(nobodys, -1), clients.owners])
         fields = partition.view({name: array[rows] for name, array in fields.items()}, owner)
-        clients = Ragged(np.arange(len(central), len(rows)), clients.offsets)
-        central = np.arange(len(central))
+        clients = Ragged(np.arange(nobodys, len(rows)), clients.offsets)
+        central, public = np.arange(len(central)), np.arange(len(central), nobodys)
     train, test = clients.where(~is_test), clients.where(is_test)
     groups = partition.groups
     return FederatedData(
@@ -89,8 +91,10 @@ def _load(data: DataConfig, seed: int) -> FederatedData:
             *(part for name in sorted(fields) for part in (name, fields[name])),
             *(train.values, train.offsets, test.values, test.offsets),
             *(central, heldout, groups, raw.criterion, raw.num_outputs),
+            *((public,) if len(public) else ()),
         ),
         meta=dict(raw.meta),
+        public=public,
     )
 
 
@@ -110,6 +114,28 @@ def _central_test(raw: RawData, fraction: float, seed: int) -> tuple[np.ndarray,
     if not len(pool):
         raise DataError(f"dataset {raw.name} has no example left to deal to clients")
     return pool, central
+
+
+def _public(
+    raw: RawData, pool: np.ndarray, wanted: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(examples to deal out, public ones); of every class as many, as far as they go."""
+    if not wanted:
+        return pool, pool[:0]
+    if wanted >= len(pool):
+        raise DataError(
+            f"data.public = {wanted} leaves no example for the clients; allowed: below {len(pool)}"
+        )
+    order = stream(seed, 0, SERVER, "public").permutation(pool)
+    labels = raw.fields["y"]
+    if raw.criterion == "cross_entropy" and labels.ndim == 1:
+        own = labels[order]
+        turn = np.empty(len(order), np.int64)  # the how manieth of its class it is
+        for label in np.unique(own):
+            turn[own == label] = np.arange(int((own == label).sum()))
+        order = order[np.argsort(turn, kind="stable")]
+    public = np.sort(order[:wanted])
+    return np.setdiff1d(pool, public, assume_unique=True), public
 
 
 def _partition(data: DataConfig, raw: RawData, pool: np.ndarray, seed: int) -> Partition:

@@ -125,7 +125,7 @@ def _cohort_of(message: Message, env: Environment) -> Key | None:
     """What messages of one cohort have in common; None if the engine has no part in it."""
     kind, _, action = message.metadata.message_type.partition(".")
     half = env.programs.get(action)
-    if kind not in ("train", "evaluate") or half is None or half.resident:
+    if kind not in ("train", "evaluate") or half is None or half.resident or half.agent:
         return None
     content = message.content
     if "arrays" not in content.array_records:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from flwr.app import Message, MetricRecord, RecordDict
@@ -12,10 +12,12 @@ from fedsim import registry
 from fedsim.core import criteria
 from fedsim.core.averaging import EXAMPLES
 from fedsim.core.model import FlatModel
+from fedsim.core.oracle import Oracle
 from fedsim.core.program import LocalProgram
 from fedsim.core.strategy import route
 from fedsim.data import FederatedData, load, pooled
 from fedsim.models import build
+from fedsim.runtime.oracles import Held
 
 if TYPE_CHECKING:
     from fedsim.config import Experiment, StrategyConfig
@@ -33,12 +35,28 @@ class Environment:
         model: resident model; its present values are the initial model.
         programs: client halves by route.
         batch_size: examples per forward pass in evaluation.
+        models: further resident models, for clients of other architectures.
+        assignment: which model each client has: 0 is `model`, 1 the first of `models`; it is
+            repeated over the clients.
+        oracle: who labels examples that clients want labelled.
     """
 
     data: FederatedData
     model: FlatModel
     programs: Mapping[str, type[LocalProgram]]
     batch_size: int
+    models: Sequence[FlatModel] = ()
+    assignment: Sequence[int] = (0,)
+    oracle: Oracle = field(default_factory=Held)
+
+    @property
+    def architectures(self) -> tuple[FlatModel, ...]:
+        """All models: `model` and `models`."""
+        return (self.model, *self.models)
+
+    def model_of(self, client: int) -> FlatModel:
+        """The client's model."""
+        return self.architectures[self.assignment[client % len(self.assignment)]]
 
     @staticmethod
     def of(experiment: Experiment, seed: int, entry: StrategyConfig | None = None) -> Environment:
@@ -55,12 +73,24 @@ class Environment:
         data = load(experiment.data, place)
         if entry is not None and entry.pooled is not None:
             data = pooled(data, entry.pooled, place)
+        criterion, zoo = criteria.criterion(data.criterion), experiment.zoo
         spec = experiment.model if entry is None else experiment.modelled(entry)
-        module = build(spec, data, seed)
-        model = FlatModel(module, criteria.criterion(data.criterion))
+        model, *others = (
+            FlatModel(build(architecture, data, seed), criterion)
+            for architecture in (spec, *zoo.models)
+        )
         names = {client_of(s.name, s.client) for s in experiment.strategy}
         programs = {route(name): program_class(name) for name in names}
-        return Environment(data, model, programs, experiment.evaluate.batch_size)
+        wanted = experiment.oracle
+        return Environment(
+            data,
+            model,
+            programs,
+            experiment.evaluate.batch_size,
+            tuple(others),
+            tuple(zoo.assignment) or tuple(range(len(others) + 1)),
+            registry.resolve("oracles", wanted.name)(**wanted.params),
+        )
 
 
 def client_of(strategy: str, client: str | None) -> str:
