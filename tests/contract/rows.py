@@ -74,6 +74,9 @@ ZEROTH: dict[str, Any] = {"pool": 32, "steps": 6, "lr": 0.02, "eps": 1e-3}
 TWO = {"warmup_rounds": 1, "cut": "k", "k": 2}
 """Two clusters from the second round on."""
 
+POOLS = {"initial": 0.5, "budget": 0.2, "participation": 1.0}
+"""Half of the examples labelled, and every client in every round."""
+
 ROWS = [
     Row("fedavg"),
     Row("fedavg", model="bn"),
@@ -93,6 +96,19 @@ ROWS = [
     Row("dfedsam", {"rho": 0.05, "topology": "random", "degree": 2}, rounding=ULP),
     Row("dfedsam", {"rho": 0.05}, model="bn", rounding=ULP),
     Row("dfedsam_mgs", {"rho": 0.05}, rounding=ULP),
+    Row("kafal", {**POOLS, "rounds_per_cycle": 2}),
+    Row("kafal", {**POOLS, "rounds_per_cycle": 1, "warm_start": True}, train={"momentum": 0.5}),
+    Row("active_learning", {"rule": "badge", "rounds_per_cycle": 1, "initial": 0.5}, model="mlp"),
+    Row("knfu", rounding=ULP),
+    Row(
+        "knfu",
+        {"distance": "js", "fuse_where": "client", "finetune_ce": 0.5},
+        model="mlp",
+        rounding=ULP,
+    ),
+    Row("fedmd", {"alignment": 6}, model="mlp", rounding=ULP),
+    Row("selective_fd", rounding=ULP),
+    Row("feddf", {"server_steps": 3}, model="mlp", optimises=True),
     Row("fedkseed", ZEROTH, packed=True),
     Row("fedkseed", {**ZEROTH, "basis": "rademacher32"}, model="mlp", packed=True),
     Row("fedkseed_pro", ZEROTH, packed=True),
@@ -220,6 +236,8 @@ PAIRS = [
          tolerance=ULP),
     Pair(Row("fedld", {"margin_lambda": 0, "rho": 0.3}), UNIFORM, options=_one_client,
          tolerance=ULP),
+    Pair(Row("active_learning", {"initial": 1.0, "rounds_per_cycle": 5}), Row("fedavg")),
+    Pair(Row("feddf", {"server_steps": 0}, model="mlp"), Row("fedavg", model="mlp")),
     Pair(Row("fedsam", {"rho": 0}), Row("fedavg")),
     Pair(Row("fedsam", {"rho": 0}, model="bn"), Row("fedavg", model="bn")),
     Pair(Row("dfedavg", {"topology": "full"}), UNIFORM, tolerance=ULP),
@@ -269,7 +287,7 @@ def honest(row: Row, rounds: int = 2) -> str:
     return toy.sha256(toy.run(row.federation(), rounds).arrays)
 
 
-BARE = [Row("local", model="bn")]
+BARE = [Row("local", model="bn"), Row("local_only", model="mlp")]
 """Strategies whose messages hold no entry that could be spoiled; `test_local.py` has the rest."""
 
 

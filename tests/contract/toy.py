@@ -33,7 +33,7 @@ from fedsim.runtime.work import Environment, client_of, program_class
 SIZES = (6, 10, 12, 7, 8, 11, 14)
 """Training examples of the clients; in batches of four none has one left, for BatchNorm's sake."""
 EQUAL = (8,) * 7
-FEATURES, CLASSES, HELD_OUT, CENTRAL = 4, 3, 3, 30
+FEATURES, CLASSES, HELD_OUT, CENTRAL, PUBLIC = 4, 3, 3, 30, 12
 SEED = 11
 
 
@@ -63,6 +63,9 @@ def federated(
     y = draw.choice(CLASSES, CENTRAL)
     xs.append(centres[y] + draw.normal(size=(CENTRAL, FEATURES)))
     ys.append(y)
+    y = draw.choice(CLASSES, PUBLIC)
+    xs.append(centres[y] + draw.normal(size=(PUBLIC, FEATURES)))
+    ys.append(np.full(PUBLIC, -1))  # nobody may look at them
     fields = {
         "x": torch.from_numpy(np.concatenate(xs)).to(dtype),
         "y": torch.from_numpy(np.concatenate(ys)),
@@ -81,6 +84,7 @@ def federated(
         groups=None,
         fingerprint="toy",
         meta={},
+        public=np.arange(first + CENTRAL, first + CENTRAL + PUBLIC),
     )
 
 
@@ -266,12 +270,16 @@ class Unreliable(Wrapped):
         super().__init__(inner)
         self._bad, self._answer = set(nodes), answer
         self._rounds = None if rounds is None else set(rounds)
+        self._heard: set[object] = set()
 
     def answer(self, message: Message, reply: Message) -> list[Message]:
         """The misbehaviour, in training messages only."""
         config = message.content.config_records["config"]
         training = message.metadata.message_type.startswith("train")
         due = self._rounds is None or config["server-round"] in self._rounds
+        here = (config["server-round"], message.metadata.dst_node_id)
+        training &= here not in self._heard  # later phases of a round are left alone
+        self._heard.add(here)
         if training and due and message.metadata.dst_node_id in self._bad:
             return self._answer(message, reply)
         return [reply]
