@@ -13,12 +13,12 @@ from fedsim.config import Experiment
 from fedsim.core.packing import pack
 from fedsim.data import FederatedData
 from fedsim.journal import Journal
-from tests.contract.rows import ROWS, Row
+from tests.contract.rows import BARE, ROWS, Row
 
 FILES = ("model.safetensors", "rounds.parquet", "clients.parquet", "status.json", "config.json")
 MEASURED = ("timings.parquet", "environment.json")
 """Hold seconds and versions: all else in a run folder is a function of the configuration."""
-STRATEGIES = list({r.strategy: r for r in ROWS}.values())
+STRATEGIES = list({r.strategy: r for r in [*ROWS, *BARE]}.values())
 """One row for every registered strategy."""
 LORA = {"name": "lora", "rank": 2, "alpha": 4.0, "targets": [], "head": False}
 MODELS: dict[str, Any] = {
