@@ -53,7 +53,7 @@ def base_of(module: nn.Module) -> str:
     for name, tensor in sorted(frozen.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         raw = tensor.detach().cpu().contiguous().reshape(-1)
-        total.update(memoryview(raw.view(torch.uint8).numpy()))
+        total.update(raw.view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:16]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from fedsim.core.errors import ConfigError, require
 from fedsim.core.text import tame
 from fedsim.data.federated import FederatedData
 
-PEFT = ("lora", "prompt", "p_tuning")
+PEFT = ("lora", "prompt", "p_tuning", "prefix", "ia3")
+QUANTISED = ("4bit", "8bit")
 
 
 class CausalLM(nn.Module):
@@ -44,11 +46,13 @@ def hf_causal_lm(
     alpha: int = 16,
     tokens: int = 20,
     targets: list[str] | None = None,
+    quantised: str | None = None,
 ) -> CausalLM:
     """A pretrained causal LM: a Hugging Face id or folder, or a GGUF file, optionally with peft.
 
     With `peft` the base is frozen and only the adapters are trained and travel: ``"lora"`` with
-    FedAvg is FedIT, ``"prompt"`` FedPrompt, ``"p_tuning"`` FedPTuning.
+    FedAvg is FedIT, ``"prompt"`` FedPrompt, ``"p_tuning"`` FedPTuning; ``"prefix"`` tunes keys and
+    values in front of every layer, ``"ia3"`` factors of activations.
 
     Args:
         data: gives the vocabulary; its tokenizer must be the model's.
@@ -58,8 +62,10 @@ def hf_causal_lm(
         peft: None for the whole model.
         rank: of LoRA.
         alpha: of LoRA.
-        tokens: virtual tokens of prompt and p-tuning.
-        targets: modules that LoRA adapts; None: peft's default for the model.
+        tokens: virtual tokens of prompt, p-tuning and prefix.
+        targets: modules that LoRA or IA3 adapt; None: peft's default for the model.
+        quantised: hold the frozen base in ``"4bit"`` (NF4, as QLoRA) or ``"8bit"``; needs the
+            Python package bitsandbytes and `peft`, or a base of the model `lora`.
 
     Raises:
         ConfigError: the model cannot be loaded, or does not fit the data.
@@ -67,6 +73,10 @@ def hf_causal_lm(
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     require(dtype in dtypes, "model.dtype", dtype, " or ".join(dtypes))
     require(peft is None or peft in PEFT, "model.peft", peft, f"one of {', '.join(PEFT)}")
+    require(
+        quantised is None or quantised in QUANTISED, "model.quantised", quantised,
+        " or ".join(QUANTISED),
+    )  # fmt: skip
     try:
         import transformers
     except ImportError:
@@ -77,7 +87,9 @@ def hf_causal_lm(
     place = Path(path).expanduser()
     if place.suffix == ".gguf":
         place, gguf_file = place.parent, place.name
-    more = {} if gguf_file is None else {"gguf_file": gguf_file}
+    more: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    if quantised is not None:
+        more["quantization_config"] = _quantisation(transformers, quantised, gguf_file)
     try:
         inner: Any = transformers.AutoModelForCausalLM.from_pretrained(
             str(place) if place.exists() else path,
@@ -115,7 +127,29 @@ def _adapted(
         )
     elif kind == "prompt":
         config = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=tokens)
+    elif kind == "prefix":
+        config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=tokens)
+    elif kind == "ia3":
+        config = peft.IA3Config(task_type=task, target_modules=targets)
     else:
         config = peft.PromptEncoderConfig(task_type=task, num_virtual_tokens=tokens)
     adapted: nn.Module = peft.get_peft_model(inner, config)
     return adapted
+
+
+def _quantisation(transformers: Any, kind: str, gguf_file: str | None) -> Any:
+    """How bitsandbytes holds the base.
+
+    Raises:
+        ConfigError: it is not installed, or the weights come quantised already.
+    """
+    if gguf_file is not None:
+        raise ConfigError("model.quantised cannot be given with a GGUF file; leave one of them out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model.quantised = {kind!r} needs the Python package bitsandbytes: pip install "
+            "bitsandbytes, or leave the key out"
+        )
+    if kind == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")

@@ -1,4 +1,4 @@
-"""What merging LoRA adapters costs: k-means in Gram space and the compact SVD, against the direct.
+"""What merging LoRA adapters costs, against the direct way; and many adapters over one base.
 
 Usage: scripts/bench lora [--modules N] [--sklearn N]
 
@@ -107,6 +107,37 @@ def flexlora(width: int = 2048) -> None:
     print("difference: relative, from the dense SVD in float64")
 
 
+def host(width: int = 256, layers: int = 2, adapters: int = 8, length: int = 32) -> None:
+    """Several adapters over one base forward pass, against one pass after another."""
+    from fedsim.core.lora import Factors
+    from fedsim.models.adapters import PeftAdapter
+    from fedsim.models.host import Host
+    from fedsim.models.text import CharGPT
+
+    worn = Host(CharGPT(100, length, width, layers, 4))
+    names = {"attend": (width, 3 * width), "contract": (4 * width, width)}
+    many = [
+        PeftAdapter(
+            {
+                f"blocks.{i}.{name}": Factors(
+                    noise(RANK, n, seed=c + 7 * i), noise(m, RANK, seed=50 + c + 7 * i)
+                )
+                for i in range(layers)
+                for name, (n, m) in names.items()
+            }
+        )
+        for c in range(adapters)
+    ]
+    print(f"\n{adapters} adapters of rank {RANK} over a GPT of width {width}, length {length}")
+    print(f"{'examples of each':34}{'one by one':>12}{'together':>10}{'times':>8}")
+    for examples in (1, 4, 16, 64):
+        x = torch.arange(examples * length).view(examples, length) % 100
+        slow, one = timed(lambda x=x: worn.outputs(many, x, together=False), 5)
+        fast, two = timed(lambda x=x: worn.outputs(many, x, together=True), 5)
+        assert torch.allclose(one, two, rtol=1e-3, atol=1e-2 * float(one.abs().max()))
+        print(f"{examples:<34}{slow:12.4f}{fast:10.4f}{slow / fast:8.2f}")
+
+
 def cut(u: torch.Tensor, s: torch.Tensor, vt: torch.Tensor) -> torch.Tensor:
     """The best approximation of rank RANK."""
     return u[:, :RANK] * s[:RANK] @ vt[:RANK]
@@ -124,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     inputs = options.modules * 80 * 8192 * 4 / 2**20
     print(f"\npeak memory {peak:.0f} MB, of which inputs {inputs:.0f}")
+    host()
 
 
 if __name__ == "__main__":

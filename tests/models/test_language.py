@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,18 @@ def test_a_whole_model_is_one_vector_with_tied_weights_once(
 
 @pytest.mark.parametrize(
     ("kind", "params"),
-    [("lora", {"rank": 2}), ("prompt", {"tokens": 4}), ("p_tuning", {"tokens": 4})],
-)
+    [
+        ("lora", {"rank": 2}), ("prompt", {"tokens": 4}), ("p_tuning", {"tokens": 4}),
+        ("prefix", {"tokens": 4}), ("ia3", {}),
+    ],
+)  # fmt: skip
 def test_only_adapters_travel(
     kind: str, params: dict[str, Any], folder: Path, data: FederatedData
 ) -> None:
     adapted = model(folder, data, peft=kind, **params)
     whole = model(folder, data)
     assert adapted.layout.num_trainable < whole.layout.num_trainable / 4
-    mark = "lora_" if kind == "lora" else "prompt_encoder"
+    mark = {"lora": "lora_", "ia3": "ia3_"}.get(kind, "prompt_encoder")
     assert all(mark in n for n in adapted.layout.trainable)
     record = adapted.initial()
     rows = {n: t[:3] for n, t in data.fields.items()}
@@ -89,9 +93,12 @@ def test_only_adapters_travel(
 def test_what_cannot_be_is_refused(folder: Path, data: FederatedData, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be loaded"):
         model(tmp_path / "nothing", data)
-    for wrong in ({"dtype": "int8"}, {"peft": "ia3"}):
+    for wrong in ({"dtype": "int8"}, {"peft": "adalora"}, {"quantised": "2bit"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             model(folder, data, **wrong)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(ConfigError, match="needs the Python package bitsandbytes"):
+            model(folder, data, quantised="4bit")
     LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8,
                                  num_hidden_layers=1, num_attention_heads=1)
                      ).save_pretrained(tmp_path / "small")  # fmt: skip
