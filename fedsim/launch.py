@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from flwr.serverapp import Grid
 
 from fedsim.app_config import STATE, Settings
 from fedsim.client_app import ProgramApp
+from fedsim.core.errors import RunError
 from fedsim.journal import Journal, locked
-from fedsim.runner import OnEvent, Run, RunResult, Task
+from fedsim.runner import OnEvent, Run, RunResult, Task, saved_config
 from fedsim.runtime import code
+from fedsim.runtime.choose import ON_NODES
 from fedsim.runtime.remote import RemoteGrid
 from fedsim.runtime.simulation import simulate
 from fedsim.runtime.work import Environment
+
+ROLL = "nodes.json"
+"""Name of the file in the checkpoints folder that says which nodes serve which clients."""
 
 
 def start(task: Task, on_event: OnEvent | None = None, resume: bool = False) -> RunResult:
@@ -29,6 +35,11 @@ def start(task: Task, on_event: OnEvent | None = None, resume: bool = False) -> 
     """
     runtime = task.experiment.runtime
     if runtime.name == "local":
+        if resume and on_nodes(task.path):
+            raise RunError(
+                f"{task.path} ran on nodes of their own, which keep their clients' state: go on "
+                "with the command that started it, scripts/deploy or flwr run"
+            )
         with locked(task.path):
             return Run(task, on_event).execute(resume)
     settings: dict[str, bool | float | int | str] = {
@@ -72,6 +83,11 @@ def serve(
     Raises:
         FedsimError: the run cannot be made or cannot go on; what is finished stays on disk.
     """
+    if resume and not on_nodes(task.path):
+        raise RunError(
+            f"{task.path} ran in one process, with its clients' state: go on with "
+            f"fedsim resume {task.path}, or give another run folder"
+        )
     journal = Journal(task.path / "checkpoints", task.experiment.journal.keep)
     if not resume:
         journal.clear()
@@ -83,6 +99,13 @@ def serve(
         digest=code.digest(),
         grace=grace,
         stopped=stopped,
+        roll=journal.folder / ROLL,
     )
     remote.wait(wait)
     return Run(task, on_event, remote, env).execute(resume)
+
+
+def on_nodes(path: Path) -> bool:
+    """Whether the clients of a run folder are in other processes, with all that they keep."""
+    engine = (saved_config(path) or {}).get("engine", {})
+    return bool(engine.get("reason") == ON_NODES.reason)

@@ -62,6 +62,10 @@ class Choice:
         return f"{self.executor}{more}: {self.reason}"
 
 
+ON_NODES = Choice("serial", "every client on its own node")
+"""Where clients are in other processes."""
+
+
 def stackable(model: FlatModel, data: FederatedData) -> Stackable | None:
     """The model as it can be differentiated at stacked parameters; None if it cannot."""
     full = bool((data.fields["y"] != IGNORE).all())

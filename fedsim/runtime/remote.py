@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -16,6 +17,7 @@ from fedsim.core.records import plain
 from fedsim.runtime import flower
 from fedsim.runtime.envelope import ENROL, ENVELOPE, Enrolment, Envelope
 from fedsim.runtime.grid import LocalGrid
+from fedsim.runtime.roll import Roll
 from fedsim.runtime.traffic import Copies, Sent, Traffic
 
 KEPT = 1000
@@ -43,6 +45,7 @@ class RemoteGrid(Grid):
         grace: seconds within which a node that went away may come back: its message is sent once
             more, and the error reply to the first is forgotten. 0: it counts at once.
         stopped: asked while waiting; if it is true, the run is interrupted.
+        roll: file of what nodes have said of themselves; None: all are asked.
     """
 
     in_order = False
@@ -57,6 +60,7 @@ class RemoteGrid(Grid):
         poll: float = 0.1,
         grace: float = 0.0,
         stopped: Callable[[], bool] = lambda: False,
+        roll: Path | None = None,
     ) -> None:
         self._inner, self.num_nodes, self._run, self._digest = inner, num_clients, run, digest
         self._poll, self._grace, self._stopped = poll, grace, stopped
@@ -69,6 +73,7 @@ class RemoteGrid(Grid):
         self._count, self._round, self._phase = 0, -1, 0
         self._since: dict[int, str] = {}
         self._looked = 0.0
+        self._roll = Roll(roll)
 
     # -- who is there ------------------------------------------------------------------------
 
@@ -82,6 +87,9 @@ class RemoteGrid(Grid):
             RunError: a node runs other code than the server.
         """
         new = [n for n in self._inner.get_node_ids() if n not in self._asked]
+        if new and self._grace:
+            self._look()
+            new = [n for n in new if not self._remembered(n)]
         queries = [Message(RecordDict(), dst_node_id=n, message_type=f"query.{ENROL}") for n in new]
         if not queries:
             return
@@ -97,6 +105,14 @@ class RemoteGrid(Grid):
             self._rest()
         for node in nodes.values():  # silent: ask again next time
             del self._asked[node]
+        self._roll.save()
+
+    def _remembered(self, node: int) -> bool:
+        """Whether a node has said before, while it was online without a break, what it serves."""
+        found = self._roll.known(node, self._since.get(node, ""), self._digest)
+        if found is not None:
+            self._enter(node, found)
+        return found is not None
 
     def _admit(self, node: int, reply: Message) -> None:
         if reply.has_error():
@@ -113,6 +129,10 @@ class RemoteGrid(Grid):
                 f"a node runs other code than the server ({found.digest} instead of "
                 f"{self._digest}): start both from the same checkout"
             )
+        self._roll.note(node, self._since.get(node, ""), found)
+        self._enter(node, found)
+
+    def _enter(self, node: int, found: Enrolment) -> None:
         self._asked[node] = "serves"
         for client, train, test in zip(found.clients, found.train, found.test, strict=True):
             if client < self.num_nodes:
