@@ -5,6 +5,7 @@ from __future__ import annotations
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedsim.core.errors import FedsimError
 from fedsim.core.events import Event, Notice, RoundFinished, RunFinished
 
 SHOWN = ("accuracy", "loss", "perplexity", "client_accuracy")
@@ -17,7 +18,11 @@ def main(grid: Grid, context: Context) -> None:
     from fedsim.api import serve
     from fedsim.app_config import Settings
 
-    serve(Settings.of(context.run_config), grid, tell)
+    try:
+        serve(Settings.of(context.run_config), grid, tell)
+    except FedsimError as error:
+        print(f"fedsim: {error}".replace("\n", "; "), flush=True)  # Flower adds where it happened
+        raise
 
 
 def tell(event: Event) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from fedsim.deploy.device import Device
 
 app = typer.Typer(
     name="device",
@@ -16,21 +20,42 @@ app = typer.Typer(
 
 Name = Annotated[str | None, typer.Option(help="Name of the device; default: device.")]
 Folder = Annotated[str | None, typer.Option(metavar="DIR", help="Its folder, instead of a name.")]
+SuperLink = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="The fleet's door.")]
+Authority = Annotated[Path | None, typer.Option(help="Certificate that vouches for it (ca.crt).")]
+Partition = Annotated[int | None, typer.Option(min=0, help="Number of this device's client.")]
+Partitions = Annotated[
+    int, typer.Option(min=0, help="Also serve the clients partition + this, and so on.")
+]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Of Flower's own interface, local only.")]
+
+
+def _device(
+    superlink: str | None, authority: Path | None, partition: int | None, rest: tuple[int, int]
+) -> Device | None:
+    """What the options say; None if they say nothing."""
+    from fedsim.core.errors import ConfigError
+    from fedsim.deploy.device import Device
+
+    if superlink is not None and authority is not None and partition is not None:
+        if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:/\s]+):\d{1,5}", superlink):
+            raise ConfigError(
+                f"--superlink = {superlink} is not HOST:PORT, as in fl.example.org:8443"
+            )
+        if not authority.exists():
+            raise ConfigError(f"--authority = {authority} is not there; copy it from the server")
+        return Device(superlink, str(authority.resolve()), partition, *rest)
+    if any(v is not None for v in (superlink, authority, partition)):
+        raise ConfigError("give --superlink, --authority and --partition together, or none of them")
+    return None
 
 
 @app.command()
 def start(
-    superlink: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="The fleet's door.")
-    ] = None,
-    authority: Annotated[
-        Path | None, typer.Option(help="Certificate that vouches for it (ca.crt).")
-    ] = None,
-    partition: Annotated[int | None, typer.Option(help="Number of this device's client.")] = None,
-    partitions: Annotated[
-        int, typer.Option(help="Also serve the clients partition + this, and so on.")
-    ] = 0,
-    port: Annotated[int, typer.Option(help="Of Flower's own interface, local only.")] = 9094,
+    superlink: SuperLink = None,
+    authority: Authority = None,
+    partition: Partition = None,
+    partitions: Partitions = 0,
+    port: Port = 9094,
     name: Name = None,
     folder: Folder = None,
 ) -> None:
@@ -38,19 +63,29 @@ def start(
 
     Where it belongs is said once: later `fedsim device start` is enough.
     """
-    from fedsim.core.errors import ConfigError
     from fedsim.deploy import device as devices
 
-    place, made = devices.place(name, folder), None
-    given = (superlink, authority, partition)
-    if superlink is not None and authority is not None and partition is not None:
-        if not authority.exists():
-            raise ConfigError(f"--authority = {authority} is not there; copy it from the server")
-        made = devices.Device(superlink, str(authority.resolve()), partition, partitions, port)
-    elif any(v is not None for v in given):
-        raise ConfigError("give --superlink, --authority and --partition together, or none of them")
-    pid = devices.start(place, made)
-    typer.echo(f"started (process {pid}); register {place / 'key.pub'} on the server")
+    place = devices.place(name, folder)
+    pid = devices.start(place, _device(superlink, authority, partition, (partitions, port)))
+    typer.echo(f"started (process {pid}); the server must know {place / 'key.pub'}")
+
+
+@app.command()
+def run(
+    superlink: SuperLink = None,
+    authority: Authority = None,
+    partition: Partition = None,
+    partitions: Partitions = 0,
+    port: Port = 9094,
+    name: Name = None,
+    folder: Folder = None,
+) -> None:
+    """As start, but stay in the foreground: for systemd and containers."""
+    from fedsim.deploy import device as devices
+
+    place = devices.place(name, folder)
+    devices.prepare(place, _device(superlink, authority, partition, (partitions, port)))
+    devices.supervise(place)
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """Keeps a device in the federation: Flower's SuperNode, started again whenever it ends.
 
 A device is a folder: `device.json` says where it belongs, `supervisor.log` and `supernode.log` what
-happened, `state/` holds what its clients keep between rounds, `key` and `key.pub` who it is.
+happened, `state/` holds what its clients keep between rounds, `key` and `key.pub` who it is, and
+`flwr/` the app as the server sent it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +32,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before a SuperNode is started again; doubled while it does not last."""
 LASTED = 30.0
 """Seconds after which a SuperNode counts as started well."""
+LONGEST_LOG = 8 * 2**20
+"""Bytes; a longer log is put aside, as ``NAME.log.1``, when a SuperNode starts."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,9 @@ class Device:
         try:
             return Device(**json.loads((folder / "device.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
+            why = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"{folder} is no device: {error}; name one with --folder, or start it with "
+                f"{folder} is no device: {why}; name one with --folder, or start it with "
                 "--superlink, --authority and --partition"
             ) from None
 
@@ -111,8 +117,13 @@ class Supervisor:
         while not self._stop.is_set():
             started = time.monotonic()
             self._sign_off()
+            self._tidy()
             with Group(self.folder) as group:
-                node = group.start("supernode", self.device.arguments(self.folder))
+                node = group.start(
+                    "supernode",
+                    self.device.arguments(self.folder),
+                    env={"FLWR_HOME": str(self.folder / "flwr")},
+                )
                 self._note("running", pid=node.pid)
                 while node.poll() is None and not self._stop.wait(0.2):
                     pass
@@ -136,6 +147,13 @@ class Supervisor:
             if number is not None:
                 key = self.folder / "key"
                 fleet.sign_off(self.device.superlink, Path(self.device.authority), key, number)
+
+    def _tidy(self) -> None:
+        """Remove apps of earlier runs, and one whose unpacking was cut off; put long logs aside."""
+        shutil.rmtree(self.folder / "flwr" / "apps", ignore_errors=True)
+        for log in (self.folder / "supernode.log", self.folder / "supervisor.log"):
+            if log.exists() and log.stat().st_size > LONGEST_LOG:
+                log.replace(log.with_name(log.name + ".1"))
 
     def _note(self, state: str, **more: Any) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%S")
@@ -167,6 +185,26 @@ def supervise(folder: Path) -> None:
 # -------------------------------------------------------------------- start, stop, status
 
 
+def prepare(folder: Path, device: Device | None = None) -> None:
+    """Make the folder of a device ready to start.
+
+    Args:
+        folder: the device.
+        device: where it belongs; None: as its folder says.
+
+    Raises:
+        ConfigError: the folder is no device.
+        RunError: it is running already.
+    """
+    if device is None:
+        Device.load(folder)
+    if running(folder) is not None:
+        raise RunError(f"the device in {folder} is running already; stop it first")
+    if device is not None:
+        device.save(folder)
+    device_key(folder / "key")
+
+
 def start(folder: Path, device: Device | None = None) -> int:
     """Start the supervisor of a device in the background; its process id.
 
@@ -178,12 +216,7 @@ def start(folder: Path, device: Device | None = None) -> int:
         ConfigError: the folder is no device.
         RunError: it is running already, or does not come up.
     """
-    if device is not None:
-        device.save(folder)
-    Device.load(folder)
-    device_key(folder / "key")
-    if running(folder) is not None:
-        raise RunError(f"the device in {folder} is running already")
+    prepare(folder, device)
     with (folder / "supervisor.out").open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "fedsim.deploy.device", str(folder)],
@@ -219,7 +252,10 @@ def stop(folder: Path, timeout: float = 15.0) -> bool:
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """What is known of a device: `state`, `pid`, `restarts`, `time` of the last change.
+    """What is known of a device: `state`, `pid`, `restarts`, `time` of the last change, ...
+
+    `connected` says whether the server has let the SuperNode in since it was started last,
+    `problem` what it said at its end if it had to end.
 
     Raises:
         ConfigError: the folder is no device.
@@ -232,8 +268,24 @@ def status(folder: Path) -> dict[str, Any]:
     pid = running(folder)
     if pid is None and last["state"] in ("running", "restarting"):
         last["state"] = "killed"
-    public = folder / "key.pub"
-    return {**last, "supervisor": pid, "superlink": device.superlink, "public_key": str(public)}
+    said = _last_words(folder / "supernode.log")
+    more: dict[str, Any] = {"connected": last["state"] == "running" and _JOINED in said}
+    if last["state"] == "restarting" and (found := _ENDED.search(said)):
+        more["problem"] = " ".join(found[1].split())
+    public = str(folder / "key.pub")
+    return {**last, **more, "supervisor": pid, "superlink": device.superlink, "public_key": public}
+
+
+_JOINED, _BEGUN = "SuperNode ID: ", "Starting Flower SuperNode"
+_ENDED = re.compile(r"Exit Code: (.*?)(?:\n\s*\n|For more information|$)", re.DOTALL)
+
+
+def _last_words(log: Path) -> str:
+    """What the SuperNode that was started last has said."""
+    try:
+        return log.read_text(errors="replace").rpartition(_BEGUN)[2]
+    except OSError:
+        return ""
 
 
 def running(folder: Path) -> int | None:

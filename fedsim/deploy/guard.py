@@ -39,7 +39,7 @@ def end(token: str, grace: float = GRACE) -> None:
     while left:
         _signal(left, signal.SIGKILL)
         time.sleep(0.05)
-        left = [pid for pid in members(token) if not _is_zombie(pid)]
+        left = [pid for pid in members(token) if not is_gone(pid)]
 
 
 def _signal(pids: list[int], number: int) -> None:
@@ -48,9 +48,10 @@ def _signal(pids: list[int], number: int) -> None:
             os.kill(pid, number)
 
 
-def _is_zombie(pid: int) -> bool:
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, also if nobody has taken note yet."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except OSError:
         return True
 

@@ -1,34 +1,46 @@
-"""A deployment: a SuperLink, the fleet's door, devices; one experiment on them; nothing left over.
-
-By default everything is on this machine: `--nodes` devices, each a supervised SuperNode process of
-its own. With ``--nodes 0 --listen 0.0.0.0:8443 --keys FOLDER`` the devices are elsewhere.
-"""
+"""The processes of a federation: a SuperLink, the fleet's door, devices on this machine."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from fedsim.app_config import JSON, OUT, SEED, STRATEGY, WAIT, find_strategy
-from fedsim.config import load_experiment
-from fedsim.core.errors import FedsimError, RunError
+from fedsim.core.errors import ConfigError, RunError
 from fedsim.deploy.device import Device
-from fedsim.deploy.keys import Certificates, certificates, device_key
-from fedsim.deploy.processes import QUIET, Group, command
-from fedsim.deploy.proxy import address
+from fedsim.deploy.guard import is_gone
+from fedsim.deploy.keys import Certificates, certificates, device_key, is_public
+from fedsim.deploy.processes import Group, command
 from fedsim.runtime.code import ROOT
 
 READY = 60.0
 """Seconds for servers to come up."""
+AT_ONCE = 4
+"""Keys that are registered at the same time, each by a program of Flower's."""
+BEGUN = 120.0
+"""Seconds within which the server's program must hold its run folder."""
+LASTED = 30.0
+"""A process that ends sooner after its start than so many seconds was not started well."""
+PATIENCE = 5
+"""So many starts in a row that were not well are enough."""
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+FRAME = re.compile(r"[╭│╰].*[╮│╯]")
+"""Flower's commands put their errors into boxes."""
+CHATTER = re.compile(
+    r"Using SuperLink: |Successfully (started run|installed) |INFO : +Start `flwr-serverapp`|\s*$"
+)
+"""Lines of Flower's that say nothing to whoever waits for the run; the log has them."""
+TRACEBACK = "ServerApp raised an exception"
+SAYS = "fedsim: "
+"""How the server's program begins the line that says why it cannot go on."""
 
 
 def free_port() -> int:
@@ -40,32 +52,81 @@ def free_port() -> int:
 
 def listening(port: int, host: str = "127.0.0.1") -> bool:
     """Whether somebody answers there."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.settimeout(1.0)
         return probe.connect_ex((host, port)) == 0
 
 
 class Deployment:
-    """The processes of a federation, started one by one.
+    """The processes of a federation, started one by one; those that end are started again.
 
     Args:
         folder: for certificates, keys, devices, logs.
         listen: host and port of the fleet's door; port 0: any.
         hosts: names and addresses under which devices reach this machine.
+        held: open files that its processes hold on to (see `Group`).
     """
 
     def __init__(
-        self, folder: Path, listen: tuple[str, int] = ("127.0.0.1", 0), hosts: Sequence[str] = ()
+        self,
+        folder: Path,
+        listen: tuple[str, int] = ("127.0.0.1", 0),
+        hosts: Sequence[str] = (),
+        held: Sequence[int] = (),
     ) -> None:
         self.folder = folder.resolve()
         self.certificates: Certificates = certificates(self.folder / "certificates", hosts)
         self.control = free_port()
         self.door = (listen[0], listen[1] or free_port())
         self.home = self.folder / "flwr"
-        self.group = Group(self.folder / "logs")
+        self._keep_logs()
+        self.group = Group(self.folder / "logs", held)
+        self._starts: dict[str, Callable[[], object]] = {}
+        self._started: dict[str, float] = {}
+        self._hasty: dict[str, int] = {}
+        self._runs = 0
+
+    def _keep_logs(self) -> None:
+        """The logs of the start before this one stay beside the new ones."""
+        logs, before = self.folder / "logs", self.folder / "logs-before"
+        if logs.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            logs.rename(before)
+
+    # -- servers -----------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start SuperLink and door; ready when both answer."""
+        """Start SuperLink and door; ready when both answer.
+
+        The SuperLink begins with an empty database: it knows the keys that `register` is given now,
+        and no run that was cut off. What a run has reached is in its own folder.
+        """
+        for file in self.folder.glob("superlink.db*"):
+            file.unlink()
+        self.home.mkdir(exist_ok=True)
+        (self.home / "config.toml").write_text(
+            f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:'
+            f'{self.control}"\nroot-certificates = "{self.certificates.authority}"\n'
+        )
+        self._keep("superlink", self._superlink)
+        self._keep("door", self._door)
+        self.group.until(self._answers, "starting", READY)
+
+    def _answers(self) -> bool:
+        host, port = self.near
+        return listening(self.control) and listening(port, host)
+
+    @property
+    def near(self) -> tuple[str, int]:
+        """The door as devices on this machine reach it."""
+        host, port = self.door
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
+
+    def _keep(self, name: str, start: Callable[[], object]) -> None:
+        self._starts[name], self._started[name] = start, time.monotonic()
+        start()
+
+    def _superlink(self) -> None:
         tls = self.certificates
         self.group.start(
             "superlink",
@@ -80,7 +141,10 @@ class Deployment:
             cwd=self.folder,
             env={"FLWR_HOME": str(self.home)},
         )
+
+    def _door(self) -> None:
         host, port = self.door
+        tls = self.certificates
         self.group.start(
             "door",
             [
@@ -91,175 +155,161 @@ class Deployment:
             ],
             env={"PYTHONPATH": str(ROOT)},
         )
-        own = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-        self.group.until(
-            lambda: listening(self.control) and listening(port, own), "starting", READY
-        )
-        self.home.mkdir(exist_ok=True)
-        (self.home / "config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:'
-            f'{self.control}"\nroot-certificates = "{tls.authority}"\n'
-        )
+
+    def look_after(self) -> list[str]:
+        """Start again what has ended; the names.
+
+        Raises:
+            RunError: a process ends again and again.
+        """
+        ended = [n for n in self._starts if self.group.running[n].poll() is not None]
+        for name in ended:
+            lasted = time.monotonic() - self._started[name] > LASTED
+            self._hasty[name] = 0 if lasted else self._hasty.get(name, 0) + 1
+            if self._hasty[name] == PATIENCE:
+                raise RunError(f"{name} ends again and again: {self.group.tail(name)}")
+            self.group.end(name)  # what it has started is of no use without it
+            self._keep(name, self._starts[name])
+        return ended
 
     def flwr(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start the ``flwr`` command on this SuperLink."""
-        name = f"flwr-{arguments[0]}-{len(self.group.running)}"
-        return self.group.start(name, [command("flwr"), *arguments], env=self._env)
+        """Start the ``flwr`` command on this SuperLink; its log is named after it."""
+        self._runs += 1
+        name = f"flwr-{arguments[0]}-{self._runs}"
+        return self.group.start(
+            name, [command("flwr"), *arguments], env={"FLWR_HOME": str(self.home)}, brief=True
+        )
 
-    @property
-    def _env(self) -> dict[str, str]:
-        return {**QUIET, "FLWR_HOME": str(self.home)}
+    def _named(self, process: subprocess.Popen[bytes]) -> str:
+        return next(n for n, p in self.group.running.items() if p is process)
+
+    # -- devices -----------------------------------------------------------------------------
 
     def register(self, keys: Sequence[Path]) -> None:
-        """Let devices with these public keys in; those it knows already stay."""
-        known = self.folder / "registered"
-        before = known.read_text().split("\n") if known.exists() else []
-        new = [k for k in keys if k.read_text().strip() not in before]
-        started = [(k, self.flwr("supernode", "register", str(k), "here")) for k in new]
-        for key, process in started:
-            if process.wait():
-                raise RunError(f"{key} cannot be registered; the logs are in {self.group.logs}")
-            before.append(key.read_text().strip())
-        for name in [n for n, p in self.group.running.items() if p in [s for _, s in started]]:
+        """Let devices with these public keys in.
+
+        Raises:
+            ConfigError: a file is no public key of a device.
+        """
+        for key in keys:
+            if not is_public(key):
+                raise ConfigError(
+                    f"{key} is no public key of a device (ecdsa-sha2-nistp384 ...): copy what "
+                    "`fedsim device key` prints"
+                )
+        waiting = deque({key.read_text().split()[1]: key for key in keys}.values())
+        busy: list[tuple[Path, subprocess.Popen[bytes]]] = []
+        while waiting or busy:
+            while waiting and len(busy) < AT_ONCE:
+                key = waiting.popleft()
+                busy.append((key, self.flwr("supernode", "register", str(key), "here")))
+            key, process = busy.pop(0)
+            code, name = process.wait(), self._named(process)
             del self.group.running[name]
-        known.write_text("\n".join(before))
+            if code:
+                raise RunError(f"{key} cannot be registered: {self.group.tail(name)}")
 
     def device(self, number: int, total: int) -> Path:
         """Prepare device `number` of this machine; its folder."""
         folder = self.folder / f"device-{number}"
-        own = "127.0.0.1" if self.door[0] in ("0.0.0.0", "::") else self.door[0]
-        door, authority = f"{own}:{self.door[1]}", str(self.certificates.authority)
-        Device(door, authority, number, total, free_port()).save(folder)
+        host, port = self.near
+        door = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        Device(door, str(self.certificates.authority), number, total, free_port()).save(folder)
         device_key(folder / "key")
         return folder
 
     def join(self, folder: Path) -> None:
         """Start the supervisor of a device of this machine."""
-        self.group.start(
-            folder.name,
-            [sys.executable, "-m", "fedsim.deploy.device", str(folder)],
-            env={"PYTHONPATH": str(ROOT), "FLWR_HOME": str(folder / "flwr")},
-        )
 
-    def run(self, config: dict[str, str | int | float]) -> int:
-        """Run the app of this checkout to its end, showing its log; the exit code."""
+        def start() -> None:
+            self.group.start(
+                folder.name,
+                [sys.executable, "-m", "fedsim.deploy.device", str(folder)],
+                env={"PYTHONPATH": str(ROOT)},
+            )
+
+        self._keep(folder.name, start)
+
+    # -- the run -----------------------------------------------------------------------------
+
+    def run(self, config: dict[str, str | int | float], out: Path) -> str | None:
+        """Run the app of this checkout, showing its log, until its server's program has ended.
+
+        Args:
+            config: the run configuration.
+            out: the run folder, by whose lock the server's program is known.
+
+        Returns:
+            why it says that it cannot go on; None if it says nothing: it is done, or was killed.
+        """
         file = self.folder / "run-config.toml"
         # JSON strings are TOML strings, as long as nothing in them needs escaping by surrogates.
         file.write_text(
             "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in config.items())
         )
+        shutil.rmtree(self.home / "apps", ignore_errors=True)  # what was half unpacked stays so
+        before = _owner(out)
         process = self.flwr("run", str(ROOT), "here", "--stream", "--run-config", str(file))
-        (name,) = [n for n, p in self.group.running.items() if p is process]
-        shown = 0
+        name, shown, started = self._named(process), 0, time.monotonic()
         while process.poll() is None:
             shown = self._show(name, shown)
-            self._watch(name)
-            time.sleep(0.5)
+            owner = _owner(out)
+            killed = owner not in (None, before) and is_gone(owner or 0) and not _over(out)
+            if owner in (None, before) and time.monotonic() > started + BEGUN:
+                return f"it did not start within {BEGUN:g} s; {self.group.tail('superlink')}"
+            if "superlink" in self.look_after():
+                self.group.until(self._answers, "starting again", READY)
+                killed = True
+            if killed:
+                self._cancel(name)
+                break
+            time.sleep(0.3)
         self._show(name, shown)
-        del self.group.running[name]
-        return process.returncode
+        failed = process.poll()
+        self.group.end(name)
+        said = (self.group.logs / f"{name}.log").read_text(errors="replace").splitlines()
+        reasons = [line.removeprefix(SAYS) for line in said if line.startswith(SAYS)]
+        if failed and not reasons and _owner(out) == before:  # nothing was started at all
+            framed = [line.strip("│ ") for line in said if line.startswith("│")]
+            reasons = [" ".join(framed) or self.group.tail(name)]
+        return reasons[-1] if reasons else None
 
-    def _watch(self, name: str) -> None:
-        others = {n: p for n, p in self.group.running.items() if n != name}
-        for other, process in others.items():
-            if process.poll() is not None:
-                raise RunError(f"{other} ended: {self.group.tail(other)}")
+    def _cancel(self, name: str) -> None:
+        """Tell the SuperLink that a run is over, so that devices do not work for it in vain."""
+        text = (self.group.logs / f"{name}.log").read_text(errors="replace")
+        found = re.search(r"started run (\d+)", text)
+        if found:
+            self.flwr("stop", found[1], "here")
 
     def _show(self, name: str, shown: int) -> int:
+        """Show whole lines of the log from a place on; the place up to where it was shown."""
         text = (self.group.logs / f"{name}.log").read_text(errors="replace")
-        sys.stdout.write(text[shown:])
-        sys.stdout.flush()
-        return len(text)
+        end = text.rfind("\n") + 1
+        if TRACEBACK in text[:shown]:
+            return end
+        for line in COLOUR.sub("", text[shown:end]).splitlines():
+            if TRACEBACK in line:
+                break
+            if not (CHATTER.match(line) or FRAME.match(line) or line.startswith(SAYS)):
+                print(line, flush=True)
+        return end
 
     def close(self) -> None:
         """End everything."""
         self.group.__exit__()
 
 
-def deploy(given: argparse.Namespace) -> Path:
-    """Start the deployment, run the experiment, end the deployment; the run folder.
-
-    Raises:
-        FedsimError: what went wrong; the logs stay.
-    """
-    if not (ROOT / "pyproject.toml").exists():
-        raise RunError("a deployment starts from a checkout: there is no pyproject.toml here")
-    experiment = load_experiment(given.experiment, given.set)
-    entry = find_strategy(experiment, given.strategy)
-    seed = experiment.experiment.seeds[0] if given.seed is None else given.seed
-    folder = Path(given.folder).resolve()
-    out = Path(given.out).resolve() if given.out else folder / "run"
-    if given.fresh:
-        shutil.rmtree(out, ignore_errors=True)
-    deployment = Deployment(folder, given.listen, given.host)
+def _over(out: Path) -> bool:
+    """Whether a run folder says that nothing runs in it."""
     try:
-        deployment.start()
-        devices = [deployment.device(i, given.nodes) for i in range(given.nodes)]
-        keys = [d / "key.pub" for d in devices]
-        if given.keys:
-            keys += sorted(Path(given.keys).glob("*.pub"))
-        deployment.register(keys)
-        for device in devices:
-            deployment.join(device)
-        host, port = deployment.door
-        print(f"the fleet's door is {host}:{port}; devices trust "
-              f"{deployment.certificates.authority}", flush=True)  # fmt: skip
-        code = deployment.run(
-            {
-                JSON: experiment.model_dump_json(),
-                STRATEGY: entry.label,
-                SEED: seed,
-                OUT: str(out),
-                WAIT: given.wait,
-            }
-        )
-        state = _state(out)
-        if code or state != "finished":
-            raise RunError(f"the run ended as {state!r}; the logs are in {deployment.group.logs}")
-    finally:
-        deployment.close()
-    return out
-
-
-def _state(out: Path) -> str:
-    try:
-        return str(json.loads((out / "status.json").read_text())["state"])
+        return json.loads((out / "status.json").read_text())["state"] != "running"
     except (OSError, ValueError, KeyError):
-        return "not started"
+        return False
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """``scripts/deploy``: see the options."""
-    parser = argparse.ArgumentParser(prog="scripts/deploy", description=__doc__)
-    add = parser.add_argument
-    add("experiment", nargs="?", default=str(ROOT / "experiments" / "toy.toml"))
-    add("--nodes", type=int, default=3, help="devices on this machine")
-    add("--strategy", help="label of the strategy; default: the first")
-    add("--seed", type=int, help="default: the experiment's first")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
-    add("--folder", default="runs/deployment", help="certificates, keys, devices, logs")
-    add("--out", help="run folder; default: FOLDER/run")
-    add("--fresh", action="store_true", help="begin anew instead of going on")
-    add("--listen", type=address, default=("127.0.0.1", 0), metavar="HOST:PORT",
-        help="where devices come in")  # fmt: skip
-    add("--host", action="append", default=[], help="a name or address of this machine")
-    add("--keys", help="folder of the public keys (*.pub) of devices elsewhere")
-    add("--wait", type=float, default=120.0, help="seconds to wait for the devices")
-    given = parser.parse_args(arguments)
-
-    def terminate(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, terminate)
+def _owner(out: Path) -> int | None:
+    """The process that holds, or last held, a run folder."""
     try:
-        print(f"the run is in {deploy(given)}")
-    except FedsimError as error:
-        print(f"scripts/deploy: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; everything was stopped, the same command goes on", file=sys.stderr)
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()
+        return int((out / ".lock").read_text().removeprefix("process "))
+    except (OSError, ValueError):
+        return None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -33,16 +35,20 @@ class Group:
 
     Args:
         logs: folder for their output, one file each.
+        held: files that stay open until the last of the processes has ended; a lock on one of them
+            is free only then.
     """
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, held: Sequence[int] = ()) -> None:
         self.logs = logs
         logs.mkdir(parents=True, exist_ok=True)
         self._token = secrets.token_hex(8)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self._brief: set[str] = set()
         self._guard = subprocess.Popen(
             [sys.executable, "-I", "-S", guard.__file__, self._token],
             stdin=subprocess.PIPE,
+            pass_fds=held,
             start_new_session=True,
         )
 
@@ -53,8 +59,9 @@ class Group:
         *,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
+        brief: bool = False,
     ) -> subprocess.Popen[bytes]:
-        """Start a process; its output goes to ``NAME.log``."""
+        """Start a process; its output goes to ``NAME.log``; `brief` if it may end by itself."""
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         surroundings = {**os.environ, **QUIET, "PATH": path, guard.VARIABLE: self._token}
         with (self.logs / f"{name}.log").open("ab") as log:
@@ -68,7 +75,15 @@ class Group:
                 start_new_session=True,  # Ctrl-C is ours to pass on
             )
         self.running[name] = process
+        self._brief |= {name} if brief else set()
         return process
+
+    def end(self, name: str) -> None:
+        """Kill a process at once, and all that it started."""
+        process = self.running.pop(name)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its session outlives it
+        process.wait()
 
     def until(self, ready: Callable[[], bool], what: str, timeout: float) -> None:
         """Wait for something.
@@ -86,7 +101,7 @@ class Group:
     def check(self) -> None:
         """Raise `RunError` if a process has ended."""
         for name, process in self.running.items():
-            if process.poll() is not None:
+            if process.poll() is not None and name not in self._brief:
                 raise RunError(
                     f"{name} ended with exit code {process.returncode}: {self.tail(name)}"
                 )

@@ -12,9 +12,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ssl
+from asyncio import sslproto
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+
+from fedsim.deploy.main import address
 
 ALLOWED = "/v1/fleet/"
 MAX_BODY = 8 * 2**20
@@ -26,6 +29,8 @@ PATIENCE = 30.0
 IDLE = 120.0
 """Seconds that a connection may wait for its next request."""
 CHUNK = 2**16
+TLS_BUFFER = 2**15
+"""Bytes that a connection takes for TLS; Python's default of 256 KiB is a lot for 500 of them."""
 
 REASONS = {
     400: "Bad Request", 403: "Forbidden", 405: "Method Not Allowed", 408: "Request Timeout",
@@ -211,14 +216,9 @@ async def _refuse(writer: asyncio.StreamWriter, status: int) -> None:
     writer.close()
 
 
-def address(text: str) -> tuple[str, int]:
-    """``HOST:PORT`` as a pair."""
-    host, _, port = text.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
 async def run(listen: tuple[str, int], door: Door, context: ssl.SSLContext) -> None:
     """Serve for ever."""
+    sslproto.SSLProtocol.max_size = TLS_BUFFER
     server = await asyncio.start_server(
         door.serve, *listen, ssl=context, limit=MAX_HEAD, ssl_handshake_timeout=PATIENCE
     )

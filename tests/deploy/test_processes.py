@@ -44,7 +44,7 @@ def alive(mark: str) -> list[int]:
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            if mark in (place / "cmdline").read_text() and not guard._is_zombie(int(place.name)):
+            if mark in (place / "cmdline").read_text() and not guard.is_gone(int(place.name)):
                 found.append(int(place.name))
         except OSError:
             continue
