@@ -99,6 +99,7 @@ class Federation:
             public=env.data.fields["x"][env.data.public] if len(env.data.public) else None,
             public_digest=env.data.public_digest,
             num_outputs=env.data.num_outputs,
+            resident=lambda: env.model.resident,
         )
         self._check_zoo()
         strategy.setup(self.setting)

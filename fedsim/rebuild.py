@@ -44,6 +44,7 @@ def rebuild(path: Path, env: Environment | None = None) -> dict[str, Tensor]:
             experiment.experiment.rounds,
             None,
             env.model.initial(),
+            resident=lambda: env.model.resident,
         )
     )
     replay: Any = getattr(strategy, "replay", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from torch.func import functional_call
 from fedsim.core.criteria import Criterion
 from fedsim.core.records import FlatRecord, Layout
 from fedsim.core.structure import Structures
-from fedsim.core.vector import Resident
+from fedsim.core.vector import Resident, parked
 
 Loss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """`loss(outputs, target, weight) -> scalar` of one client's batch."""
@@ -138,11 +138,11 @@ class FlatModel:
         self.info = ModelInfo.of(module, self.layout)
         self.stochastic = is_stochastic(module)
         self.channels_last = False
-        self._initial = FlatRecord(
-            self.layout,
-            self.layout.flatten(state),
-            {n: state[n].detach().clone() for n in self.layout.beside},
-        )
+        beside = {n: state[n].detach().clone() for n in self.layout.beside}
+        values = FlatRecord(self.layout, self.layout.flatten(state), beside)
+        self._initial, resident = parked(module, values, beside)
+        if resident is not None:
+            self.__dict__["resident"] = resident
 
     def initial(self) -> FlatRecord:
         """The values the module was built with."""
@@ -151,7 +151,7 @@ class FlatModel:
     @cached_property
     def resident(self) -> Resident:
         """The vector on which `fedsim.core.resident` programs work; the module's own memory."""
-        return Resident(self.module, self._initial)
+        return Resident(self._initial, self.module)
 
     def replica(self, channels_last: bool = False) -> FlatModel:
         """The same model with a module of its own, for another thread.
@@ -167,6 +167,10 @@ class FlatModel:
 
     def _bind(self, flat: Tensor, beside: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self.layout.views(flat) | dict(beside)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """The module is in evaluation mode inside the block."""
+        return self._mode(False)
 
     @contextmanager
     def _mode(self, training: bool) -> Iterator[None]:

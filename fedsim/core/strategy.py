@@ -15,6 +15,7 @@ from torch import Tensor
 from fedsim.core.averaging import MetricMean, examples_of, metrics_of
 from fedsim.core.bulk import Broadcast
 from fedsim.core.model import FlatModel, ModelInfo
+from fedsim.core.vector import Resident
 
 Aggregate = tuple["ArrayRecord | None", "MetricRecord | None"]
 Exchange = Generator[Sequence[Message], Iterable[Message], Aggregate]
@@ -58,6 +59,7 @@ class Setting:
         public: inputs of the public examples, in their order; None: there are none.
         public_digest: digest of the public examples.
         num_outputs: classes, vocabulary size, or regression outputs.
+        resident: gives the vector that this process has for a model; None: there is none.
     """
 
     info: ModelInfo
@@ -72,6 +74,7 @@ class Setting:
     public: Tensor | None = None
     public_digest: str = ""
     num_outputs: int = 0
+    resident: Callable[[], Resident] | None = None
 
 
 class Strategy(FlowerStrategy):
