@@ -11,13 +11,14 @@ import numpy as np
 from torch import Tensor
 
 from fedsim.core import directions, kseed
-from fedsim.core.errors import ConfigError, require
+from fedsim.core.errors import require
+from fedsim.core.packed import PackedProgram
 from fedsim.core.packets import packet, packet_of
-from fedsim.core.resident import ResidentProgram, ResidentState
+from fedsim.core.resident import ResidentState
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedKSeed(ResidentProgram):
+class FedKSeed(PackedProgram):
     """Zeroth-order steps in place along directions of a shared pool of seeds (A1 to A5).
 
     Every step draws a seed, evaluates one minibatch at ``w + eps z`` and ``w - eps z`` in
@@ -29,9 +30,6 @@ class FedKSeed(ResidentProgram):
     Attributes:
         eps: half the distance of the two points.
         pool: number of seeds, K.
-        master: number that the pool is derived from.
-        basis: kind of direction.
-        layout: what the server takes the model for.
         rebuild_mode: ``"exact"`` or ``"incremental"``.
         loss_clip: discard steps of which the two losses differ by more; 0: none.
         exact_restore: restore from a copy of `w` instead of adding back (memory: one vector more).
@@ -43,9 +41,6 @@ class FedKSeed(ResidentProgram):
 
     eps: float = 5e-4
     pool: int = 4096
-    master: int = 0
-    basis: str = "gaussian"
-    layout: str = ""
     rebuild_mode: str = "exact"
     loss_clip: float = 0.0
     exact_restore: bool = False
@@ -65,24 +60,13 @@ class FedKSeed(ResidentProgram):
         """Whether only what changed in the accumulators is added."""
         return self.rebuild_mode == "incremental"
 
-    def name(self, s: ResidentState) -> bytes | None:
+    def model_name(self, data: bytes) -> bytes:
         """The accumulators as received."""
-        data = packet_of(s.records["arrays"])
-        return data[16 : 16 + 4 * self.pool]
+        return kseed.name_of(data, self.pool)
 
-    def rebuild(self, s: ResidentState, flat: Tensor, held: bytes | None) -> None:
-        """The model from the initial one (or the one before) and the accumulators (A7)."""
-        mark = kseed.layout_mark(s.sizes, flat.dtype, self.basis)
-        if self.layout and mark != self.layout:
-            raise ConfigError(
-                f"layout = {mark} must be the server's, {self.layout}: other parameters, order, "
-                "dtype or random stream"
-            )
-        sums, _ = kseed.read_down(packet_of(s.records["arrays"]), self.pool)
-        if held is not None:
-            sums = sums - np.frombuffer(held, "<f4").astype(np.float64)
-        seeds = directions.pool(self.master, self.pool)
-        kseed.rebuild(flat[: s.num_parameters], seeds, sums, self.lr, self.basis)
+    def build(self, s: ResidentState, w: Tensor, data: bytes, held: bytes | None) -> None:
+        """``w -= lr * sum_j A[j] z_j``, or its change (A7)."""
+        kseed.build(w, data, held, directions.pool(self.master, self.pool), self.lr, self.basis)
 
     def run(self, s: ResidentState) -> None:
         """Take the steps; answer with the pairs of those that were not discarded."""

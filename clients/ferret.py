@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from fedsim.core import ferret
-from fedsim.core.errors import ConfigError
-from fedsim.core.packets import packet, packet_of
+from fedsim.core.packed import PackedProgram
+from fedsim.core.packets import packet
 from fedsim.core.program import Gradient, LocalState
-from fedsim.core.resident import ResidentProgram, ResidentState
+from fedsim.core.resident import ResidentState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ferret(ResidentProgram):
+class Ferret(PackedProgram):
     """Local SGD in place, then the update as coordinates on shared random bases (B1 to B6).
 
     Weights in half precision get float32 master weights for the round: in half precision small
@@ -23,50 +23,30 @@ class Ferret(ResidentProgram):
 
     Attributes:
         bases: K.
-        master: number that the seeds of the bases are derived from.
-        basis: kind of direction.
         fresh: ``"fixed"``: the same bases for all clients and rounds; ``"round"``: new ones in
             every round; ``"client"``: for every client and round.
         multiple: of the median entry, size of a block; 0: one block.
         budget: what K is for (`ferret.counts_of`).
         scaling: ``"unbiased"`` or ``"official"`` (`ferret.factors`).
         half: send float16 with a scale for each block.
-        layout: what the server takes the model for.
     """
 
     bases: int = 200
-    master: int = 0
     basis: str = "uniform"
     fresh: str = "fixed"
     multiple: float = 0.9
     budget: str = "block"
     scaling: str = "unbiased"
     half: bool = False
-    layout: str = ""
 
-    def blocks(self, s: ResidentState) -> list[int]:
-        """Sizes of the blocks."""
-        return ferret.blocks_of(s.sizes, self.multiple) if self.multiple else [s.num_parameters]
-
-    def name(self, s: ResidentState) -> bytes | None:
+    def model_name(self, data: bytes) -> bytes:
         """The coordinates as received, without the round's number."""
-        return packet_of(s.records["arrays"])[12:]
+        return data[12:]
 
-    def rebuild(self, s: ResidentState, flat: Tensor, held: bytes | None) -> None:
+    def build(self, s: ResidentState, w: Tensor, data: bytes, held: bytes | None) -> None:
         """The model from the initial one and the coordinates of all rounds."""
-        from fedsim.core.kseed import layout_mark
-
-        mark = layout_mark(s.sizes, flat.dtype, self.basis)
-        if self.layout and mark != self.layout:
-            raise ConfigError(
-                f"layout = {mark} must be the server's, {self.layout}: other parameters, order, "
-                "dtype or random stream"
-            )
-        blocks = self.blocks(s)
-        sets = ferret.read_down(packet_of(s.records["arrays"]), len(blocks), self.bases)
-        for number, coordinates in sets.items():
-            seeds = ferret.seeds_of(self.master, number, self.bases)
-            ferret.add(flat[: s.num_parameters], seeds, blocks, -coordinates, self.basis)
+        blocks = ferret.blocks_of(s.sizes, self.multiple)
+        ferret.build(w, data, blocks, self.bases, self.master, self.basis)
 
     def run(self, s: ResidentState) -> None:
         """Train, project ``start - end``, and send the coordinates."""
@@ -84,7 +64,7 @@ class Ferret(ResidentProgram):
                 self.descend(master, Gradient(gradient.dense().float()))
                 s.w = master.w
         delta = start.to(master.w.dtype).sub_(master.w)
-        blocks = self.blocks(s)
+        blocks = ferret.blocks_of(s.sizes, self.multiple)
         norms = [float(part.double().norm()) for part in delta.split(blocks)]
         counts = ferret.counts_of(norms, self.bases, self.budget)
         number = ferret.number_of(self.fresh, s.round, s.client)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
+from torch import Tensor
 
-from fedsim.core import directions, kseed, rng
-from fedsim.core.averaging import MetricMean, examples_of, metrics_of
+from fedsim.core import directions, kseed
 from fedsim.core.errors import require
-from fedsim.core.packets import Expected, packet, packet_of
-from fedsim.core.records import FlatRecord, as_flat, from_record, to_record
-from fedsim.core.resident import settle
-from fedsim.core.strategy import Aggregate, Served, Setting, Strategy
+from fedsim.core.packed import PackedStrategy, Parts
+from fedsim.core.records import FlatRecord, from_record, to_record
+from fedsim.core.strategy import Setting
 
 SUMS = "sums"
 """Name of what the server holds: the accumulators A, float64 [K]."""
 
 
-class FedKSeed(Strategy):
+class FedKSeed(PackedStrategy):
     """FedKSeed: full-parameter tuning by seeds and scalars, kilobytes a round whatever the model.
 
     Qin et al., *Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication
@@ -64,7 +62,6 @@ class FedKSeed(Strategy):
     """
 
     client = "fedkseed"
-    down = kseed.DOWN
 
     def __init__(
         self,
@@ -94,49 +91,27 @@ class FedKSeed(Strategy):
         self.pool, self.steps, self.lr, self.eps, self.basis = pool, steps, lr, eps, basis
         self.weighted, self.rebuild, self.loss_clip = weighted, rebuild, loss_clip
         self.max_scalar, self.scalar_clip = max_scalar, scalar_clip
-        self.master = 0
+        self.incremental = rebuild == "incremental"
         self.sums = np.zeros(pool)
-        self._model: FlatRecord | None = None
-        self._built = np.zeros(pool)  # the accumulators that `_model` was made from
 
     def setup(self, setting: Setting) -> None:
-        """Derive the pool from the run's seed, and remember the initial model."""
+        """Derive the pool from the run's seed."""
         super().setup(setting)
-        self.master = rng.key(setting.seed, 0, rng.SERVER, "directions") & (2**63 - 1)
         self.seeds = directions.pool(self.master, self.pool)
 
-    def start_arrays(self, arrays: ArrayRecord) -> ArrayRecord:
-        """Zero accumulators; the initial model is everybody's own."""
-        return self._held()
+    def client_config(self) -> dict[str, Any]:
+        """What a step needs."""
+        steps = {"epochs": self.steps, "max_steps": self.steps}
+        own = {n: getattr(self, n) for n in ("lr", "eps", "pool", "loss_clip")}
+        return super().client_config() | steps | own | {"rebuild_mode": self.rebuild}
 
-    def _held(self) -> FlatRecord:
+    def held(self) -> FlatRecord:
+        """The accumulators A, float64 [K]."""
         return to_record({SUMS: torch.from_numpy(self.sums.copy())})
 
-    def client_config(self) -> dict[str, Any]:
-        """What a client needs to find the same directions."""
-        layout = self.setting.info.layout
-        spans = [layout.span(n) for n in layout.trainable]
-        sizes = [s.stop - s.start for s in spans]
-        return {
-            "lr": self.lr,
-            "eps": self.eps,
-            "pool": self.pool,
-            "master": self.master,
-            "basis": self.basis,
-            "epochs": self.steps,
-            "max_steps": self.steps,
-            "rebuild_mode": self.rebuild,
-            "loss_clip": self.loss_clip,
-            "layout": kseed.layout_mark(sizes, layout.dtype, self.basis),
-        }
-
-    def chances(self) -> np.ndarray | None:
-        """The probabilities to send, [K]; None: all seeds alike, and nothing is sent."""
-        return None
-
-    def _content(self, server_round: int, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
-        sums = from_record(arrays)[SUMS].numpy()
-        return {"arrays": packet(kseed.pack_down(server_round, sums, self.chances()))}
+    def take(self, arrays: ArrayRecord) -> None:
+        """Hold these accumulators."""
+        self.sums = from_record(arrays)[SUMS].numpy().copy()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -145,52 +120,38 @@ class FedKSeed(Strategy):
         for name in ("weight_decay", "momentum"):
             value = config.get(name, 0)
             require(not value, f"train.{name}", value, "0: scalars cannot express it")
-        arrays = settle(self, arrays, config)
-        self.sums = from_record(arrays)[SUMS].numpy().copy()
-        told = {**config, "server-round": server_round}
-        content = self._content(server_round, arrays)
-        return self.broadcast("train", content, told, sorted(grid.get_node_ids()))
+        return super().configure_train(server_round, arrays, config, grid)
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Sequence[Message]:
-        """Send the accumulators to those who evaluate."""
-        told = {**config, "server-round": server_round}
-        content = self._content(server_round, arrays)
-        return self.broadcast("evaluate", content, told, sorted(grid.get_node_ids()))
+    def chances(self) -> np.ndarray | None:
+        """The probabilities to send, [K]; None: all seeds alike, and nothing is sent."""
+        return None
 
-    def expected(self, sent: RecordDict) -> Mapping[str, ArrayRecord]:
-        """A packet of pairs, of this round, within the pool."""
-        pair = kseed.pair_type(self.pool).itemsize
-        current = int(sent.config_records["config"]["server-round"])  # type: ignore[arg-type]
-        check = partial(self._pairs, round=current)
-        return {"arrays": Expected(20 + pair * self.steps, check)}
+    def pack(self, server_round: int, arrays: ArrayRecord) -> bytes:
+        """The accumulators as float32."""
+        return kseed.pack_down(server_round, from_record(arrays)[SUMS].numpy(), self.chances())
 
-    def _pairs(self, data: bytes, round: int | None = None) -> tuple[int, Any, Any]:
+    def name(self, data: bytes) -> bytes:
+        """The accumulators as sent."""
+        return kseed.name_of(data, self.pool)
+
+    def build(self, w: Tensor, data: bytes, held: bytes | None) -> None:
+        """``w -= lr * sum_j A[j] z_j``, or its change (A7)."""
+        kseed.build(w, data, held, self.seeds, self.lr, self.basis)
+
+    def limit(self) -> int:
+        """A pair for each step."""
+        return 20 + kseed.pair_type(self.pool).itemsize * self.steps
+
+    def check(self, data: bytes, round: int | None = None) -> tuple[int, Any, Any]:
+        """Pairs of this round, within the pool."""
         return kseed.read_up(data, self.pool, self.steps, round, self.max_scalar)
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
+    def absorb(self, parts: Parts) -> None:
         """Add the clients' scalar gradients to the accumulators (A6)."""
-        parts: list[tuple[float, bytes]] = []
-        metrics = MetricMean()
-        for reply in replies:
-            if reply.has_error():
-                continue
-            weight = examples_of(reply.content) if self.weighted else 1.0
-            parts.append((weight, packet_of(reply.content.array_records["arrays"])))
-            metrics.add(metrics_of(reply.content), weight)
-        if not parts:
-            return None, None
-        self.absorb(parts)
-        self._entry = kseed.pack_entry(parts)
-        return self._held(), metrics.record()
-
-    def absorb(self, parts: Sequence[tuple[float, bytes]]) -> None:
-        """Take in one round's (weight, packet) pairs, in canonical order."""
         total = sum(weight for weight, _ in parts)
         sums = self.sums.copy()
         for weight, data in parts:
-            _, places, scalars = self._pairs(data)
+            _, places, scalars = self.check(data)
             if self.scalar_clip:
                 scalars = scalars.clip(-self.scalar_clip, self.scalar_clip)
             np.add.at(sums, places, weight / total * scalars)
@@ -200,40 +161,10 @@ class FedKSeed(Strategy):
     def observe(self, places: Any, scalars: Any) -> None:
         """Look at a client's scalar gradients; places [n], scalars [n]."""
 
-    def models(self, arrays: ArrayRecord) -> dict[str, Served]:
-        """The model, made in place in one vector of the server's own; use it before the next."""
-        sums = kseed.as_sent(from_record(arrays)[SUMS].numpy())
-        return {"model": Served(self.model(sums))}
-
-    def model(self, sums: np.ndarray) -> FlatRecord:
-        """The model that these accumulators describe; its vector is used again by the next call."""
-        assert self.setting.initial is not None, "the round loop gives the initial model"
-        initial = as_flat(self.setting.initial, self.setting.info.layout)
-        if self._model is None:
-            self._model = initial.with_flat(initial.flat.clone())
-            self._built = np.zeros(self.pool)
-        if not np.array_equal(sums, self._built):
-            flat, change = self._model.flat, sums - self._built
-            if self.rebuild == "exact":
-                flat.copy_(initial.flat)
-                change = sums
-            w = flat[: initial.layout.num_trainable]
-            kseed.rebuild(w, self.seeds, change, self.lr, self.basis)
-            self._built = sums.copy()
-        return self._model
-
-    def ledger_entry(self) -> bytes | None:
-        """The last round's weights and packets."""
-        return self._entry
-
-    _entry: bytes | None = None
-
     def replay(self, entries: Iterable[bytes]) -> ArrayRecord:
         """What the server holds after these rounds, from the ledger alone (after `setup`)."""
         self.load_state_dict(type(self)(pool=self.pool).state_dict())
-        for entry in entries:
-            self.absorb(kseed.read_entry(entry))
-        return self._held()
+        return super().replay(entries)
 
     def state_dict(self) -> dict[str, Any]:
         """The accumulators."""
@@ -260,8 +191,6 @@ class FedKSeedPro(FedKSeed):
     Raises:
         ConfigError: a parameter is out of range.
     """
-
-    down = kseed.DOWN_PRO
 
     def __init__(
         self, amplitude_clip: float = 1000.0, history_start: str = "zero", **options: Any

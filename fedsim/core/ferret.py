@@ -38,7 +38,10 @@ def blocks_of(sizes: Sequence[int], multiple: float = 0.9) -> list[int]:
     """Sizes of the blocks: whole entries in their order, close to `multiple` times the median.
 
     A block is closed when the next entry would take it beyond that (the official code's rule).
+    A `multiple` of 0 makes one block.
     """
+    if not multiple:
+        return [sum(sizes)]
     target = int(multiple * float(np.median(sizes)))
     blocks: list[int] = []
     for size in sizes:
@@ -100,6 +103,14 @@ def add(
     last = int(np.flatnonzero(coordinates.any(0)).max(initial=-1)) + 1
     if last:
         directions.combine(w, seeds[:last], coordinates[:, :last], basis=basis, blocks=blocks)
+
+
+def build(
+    w: Tensor, data: bytes, blocks: Sequence[int], bases: int, master: int, basis: str
+) -> None:
+    """Turn the initial model into that of a server's packet."""
+    for number, coordinates in read_down(data, len(blocks), bases).items():
+        add(w, seeds_of(master, number, bases), blocks, -coordinates, basis)
 
 
 def seeds_of(master: int, number: int, bases: int) -> NDArray[np.uint64]:

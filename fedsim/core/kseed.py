@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -104,6 +103,21 @@ def as_sent(sums: Floats) -> Floats:
     return sums.astype(np.float32).astype(np.float64)
 
 
+def name_of(data: bytes, pool: int) -> bytes:
+    """What tells the model of a server's packet from others: the accumulators as sent."""
+    return data[HEADER.size : HEADER.size + 4 * pool]
+
+
+def build(
+    w: Tensor, data: bytes, held: bytes | None, seeds: NDArray[np.uint64], lr: float, basis: str
+) -> None:
+    """Turn the initial model, or the one named `held`, into that of a server's packet (A7)."""
+    sums, _ = read_down(data, len(seeds))
+    if held is not None:
+        sums = sums - np.frombuffer(held, "<f4").astype(np.float64)
+    rebuild(w, seeds, sums, lr, basis)
+
+
 def rebuild(w: Tensor, seeds: NDArray[np.uint64], sums: Floats, lr: float, basis: str) -> None:
     """``w -= lr * sum_j sums[j] z_j`` in place, in one pass over memory (A7).
 
@@ -150,26 +164,3 @@ def probabilities(phi: Floats) -> Floats:
     q = (phi - low) / (high + 1e-10 - low)
     weights = np.exp(q - q.max())
     return weights / weights.sum()
-
-
-def layout_mark(sizes: Sequence[int], dtype: torch.dtype, basis: str) -> str:
-    """What both ends must agree on: stream, dtype and sizes of the entries in their order."""
-    from hashlib import blake2b
-
-    text = f"philox4x32-10/1 {basis} {dtype} {','.join(map(str, sizes))}"
-    return blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def pack_entry(parts: Sequence[tuple[float, bytes]]) -> bytes:
-    """One round of (weight, packet) pairs for the ledger."""
-    return b"".join(struct.pack("<dI", weight, len(data)) + data for weight, data in parts)
-
-
-def read_entry(entry: bytes) -> list[tuple[float, bytes]]:
-    """The inverse of `pack_entry`."""
-    parts, at = [], 0
-    while at < len(entry):
-        weight, size = struct.unpack_from("<dI", entry, at)
-        parts.append((weight, entry[at + 12 : at + 12 + size]))
-        at += 12 + size
-    return parts

@@ -279,16 +279,16 @@ def test_k11_packets() -> None:
 
 
 def test_k12_a_client_that_was_away_has_the_same_model() -> None:
-    fed = federation(options={"rounds": 9})
+    fed = federation(options={"rounds": 51, "evaluate": {"every": 51, "clients": False}}, steps=2)
     progress = fed.begin()
-    for _ in range(8):
+    for _ in range(50):
         fed.advance(progress)
     always = fed.env.model.resident
-    message = toy.messages_of(fed, progress.arrays, 9)[2]
+    message = toy.messages_of(fed, progress.arrays, 51)[2]
     message.metadata.__dict__["_message_type"] = "evaluate.fedkseed"
     grid: Any = fed.grid
     grid.execute(message)
-    away = federation()  # has seen nothing so far
+    away = federation(steps=2)  # has seen nothing so far
     other: Any = away.grid
     with directions.count_draws() as draws:
         other.execute(message)
