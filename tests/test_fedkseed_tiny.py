@@ -1,4 +1,4 @@
-"""The tiny experiment on seeds and scalars runs as it is, and says what it should."""
+"""The experiments on seeds and scalars: the tiny one runs as it is, and says what it should."""
 
 from __future__ import annotations
 
@@ -33,3 +33,12 @@ def test_the_tiny_experiment_runs_and_ends_in_a_report(tmp_path: Path) -> None:
     assert max(size["fedkseed"], size["fedkseed_pro"], size["ferret"]) < size["fedavg"] / 5
     assert not comparison.failed
     assert comparison.html.exists()
+
+
+def test_the_language_models_experiment_is_sound() -> None:
+    experiment = fedsim.load_experiment(ROOT / "experiments" / "llm_quickstart.toml")
+    models = {s.label: experiment.modelled(s) for s in experiment.strategy}
+    assert list(models) == ["fedkseed", "ferret", "lora"]
+    assert models["fedkseed"] == models["ferret"] == experiment.model
+    assert models["lora"].params == {**experiment.model.params, "peft": "lora", "rank": 8}
+    assert experiment.evaluate.metric == "loss"
