@@ -1,6 +1,7 @@
 """One-shot merging of adapters that were trained apart, each on one task, by every merger.
 
     fedsim run experiments/lora_base.toml
+    for seed in 0 1 2; do python experiments/lora_merging.py $seed; done
     python experiments/lora_merging.py
 
 Trains an adapter for each of seven tasks (experiments/lora_task.toml), merges the seven, and judges
@@ -12,6 +13,8 @@ letter. Writes runs/lora_merging/results.json and prints means over seeds with 9
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,6 @@ from fedsim.tryout import Bench
 TASKS = ("upper", "capital", "country", "next_month", "number_word", "kind", "opposite")
 OTHERS = ("title", "previous_month", "word_number", "short_month", "next_number", "vowels",
           "last_word")  # fmt: skip
-SEEDS = (0, 1, 2)
 FILE, OUT = "experiments/lora_task.toml", Path("runs/lora_merging")
 MERGERS: dict[str, tuple[str, dict[str, Any]]] = {
     "LEGO, k = 8": ("lego", {"rank": 8}),
@@ -57,9 +59,10 @@ def only(task: str) -> list[str]:
 
 
 def train(task: str, seed: int) -> PeftAdapter:
-    """The adapter of a task; a finished run is read."""
+    """The adapter of a task; a finished run is read, one that was stopped is begun again."""
     folder = OUT / f"{task}-seed{seed}"
     if not (folder / "adapter").exists():
+        shutil.rmtree(folder, ignore_errors=True)
         api.run(load_experiment(FILE, only(task)), seed=seed, out=folder)
     return read_adapter(folder)
 
@@ -95,11 +98,14 @@ def interval(values: list[float]) -> str:
 
 
 def main() -> None:
-    """Run all seeds and print the table."""
+    """Do one seed, or print the table."""
     torch.set_num_threads(1)
-    found = [study(seed) for seed in SEEDS]
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "results.json").write_text(json.dumps(found, indent=1))
+    if len(sys.argv) > 1:
+        seed = int(sys.argv[1])
+        OUT.mkdir(parents=True, exist_ok=True)
+        (OUT / f"seed{seed}.json").write_text(json.dumps(study(seed), indent=1))
+        return
+    found = [json.loads(file.read_text()) for file in sorted(OUT.glob("seed*.json"))]
     print("| merger | exact, its tasks | loss, its tasks | exact, other tasks | loss, other |")
     print("|---|---|---|---|---|")
     for name in found[0]:
