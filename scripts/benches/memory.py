@@ -23,7 +23,7 @@ from typing import Any
 SMOLLM2 = "~/.cache/fedsim/models/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf"
 """Where scripts/get-model smollm2-135m puts it."""
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "fedkseed": {"name": "fedkseed", "pool": 1024, "steps": 2, "lr": 1e-6, "eps": 1e-3},
+    "fedkseed": {"name": "fedkseed", "pool": 1024, "steps": 1, "lr": 1e-6, "eps": 1e-3},
     "ferret": {"name": "ferret", "bases": 16},
     "fedit": {"name": "fedavg", "model": {"peft": "lora"}},
     "fedavg": {"name": "fedavg"},
