@@ -132,7 +132,8 @@ def main(argv: Sequence[str]) -> int:
         print("ROW", json.dumps(found))
         return 0
     rows = []
-    plan = [("evaluation", 1), *((name, 1) for name in STRATEGIES), ("fedkseed", options.clients)]
+    plan = [("evaluation", 1), ("fedkseed", 1), ("fedkseed", options.clients)]
+    plan += [(name, 1) for name in STRATEGIES if name != "fedkseed"]
     print(f"{'MiB':12}{'clients':>8}{'loaded':>8}{'peak':>8}{'/evaluation':>12}"
           f"{'over libraries':>16}{'/evaluation':>12}{'copies':>8}{'hash':>6}")  # fmt: skip
     for what, clients in plan:
