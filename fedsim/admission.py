@@ -15,7 +15,7 @@ from fedsim.core.bulk import COMPUTE, EXAMPLES, Block, Replies
 from fedsim.core.nodes import client_at
 from fedsim.core.records import as_flat
 from fedsim.gate import Gate, Refusal, one_line
-from fedsim.intake import Judgement, Tally
+from fedsim.intake import Judgements, Tally
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]
@@ -172,10 +172,8 @@ def _add(tally: Tally, client: int, down: int, up: int, seconds: float) -> None:
     tally.add(client, bytes_down=down, bytes_up=up, seconds=seconds)
 
 
-def judgements(
-    replies: Replies, gate: Gate, examples: Sequence[int]
-) -> Iterator[tuple[int, Judgement]]:
-    """Client and judgement of every usable reply to evaluate messages.
+def judgements(replies: Replies, gate: Gate, examples: Sequence[int]) -> Iterator[Judgements]:
+    """The judgements of all usable replies to evaluate messages.
 
     Args:
         replies: the replies.
@@ -184,6 +182,5 @@ def judgements(
     """
     most = np.asarray(examples)
     for block, _ in replies.map(lambda block: sift(gate, block, {}, most)):
-        columns = [block.metrics[name].tolist() for name in (EXAMPLES, "loss", "accuracy")]
-        for node, count, loss, accuracy in zip(block.nodes.tolist(), *columns, strict=True):
-            yield client_at(node), (int(count), loss, accuracy)
+        whole = (block.nodes - 1, block.metrics[EXAMPLES].astype(np.int64))
+        yield (*whole, *(block.metrics[n].astype(np.float64) for n in ("loss", "accuracy")))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fedsim.runtime.engine import Engine
 from fedsim.runtime.envelope import ENROL, Enrolment, Envelope
 from fedsim.runtime.grid import describe
 from fedsim.runtime.keeping import Keeping
-from fedsim.runtime.request import Request
+from fedsim.runtime.request import ContextOf, Request
 from fedsim.runtime.serial import Serial
 from fedsim.runtime.work import PARTITION, Environment, action_of, judged
 
@@ -114,7 +114,7 @@ class ProgramApp(ClientApp):
         if half.resident or half.agent:
             content = (agent if half.agent else resident).answer(message, context, env)
             return Message(content if self._given else materialise(content), reply_to=message)
-        said = Request(message.content, message.metadata.message_type, lambda _: context, env)
+        said = Request(message.content, message.metadata.message_type, lambda *_: context, env)
         work = said.work(np.array([int(context.node_config[PARTITION])]))
         serial = Serial(env.model, env.data, debug=True)
         if kind == "evaluate":
@@ -124,9 +124,7 @@ class ProgramApp(ClientApp):
             content = block.content(0)
         return Message(content if self._given else materialise(content), reply_to=message)
 
-    def answer(
-        self, broadcast: Broadcast, context_of: Callable[[int], Context]
-    ) -> CohortReplies | None:
+    def answer(self, broadcast: Broadcast, context_of: ContextOf) -> CohortReplies | None:
         """All replies to a broadcast in columns; None if this app has no engine for them."""
         kind, _, action = broadcast.message_type.partition(".")
         if self.engine is None or self._given is None or action not in self._given.programs:
@@ -139,7 +137,7 @@ class ProgramApp(ClientApp):
         return CohortReplies(said, broadcast.nodes, self.engine, broadcast.message_to)
 
     def contents(
-        self, messages: Sequence[Message], context_of: Callable[[int], Context]
+        self, messages: Sequence[Message], context_of: ContextOf
     ) -> Iterator[RecordDict | str | None]:
         """What each message's client says, or what went wrong; None: answer it by itself."""
         if self.engine is None or self._given is None:

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from fedsim import membership
 from fedsim.admission import judgements
 from fedsim.collector import Collector, RoundAbandoned
+from fedsim.columns import Row, Rows
 from fedsim.config import Experiment, StrategyConfig, TrainConfig
 from fedsim.core import rng
 from fedsim.core.agent import CENTRAL
@@ -26,7 +27,7 @@ from fedsim.core.strategy import Served, Setting, Strategy, route
 from fedsim.evaluation import Central
 from fedsim.failpoints import crash_here
 from fedsim.gate import Gate
-from fedsim.intake import Intake, Row, Tally
+from fedsim.intake import Intake, Tally
 from fedsim.runtime.choose import Choice, choose
 from fedsim.runtime.fleet import Fleet
 from fedsim.runtime.grid import View
@@ -49,7 +50,7 @@ class Progress:
     round: int
     arrays: ArrayRecord
     rounds: list[Row] = field(default_factory=list)
-    clients: list[Row] = field(default_factory=list)
+    clients: Rows = field(default_factory=Rows)
     timings: list[Row] = field(default_factory=list)
     ledger: list[tuple[int, bytes]] = field(default_factory=list)
 
@@ -155,17 +156,18 @@ class Federation:
         if type(self.strategy).cluster_of is Strategy.cluster_of:
             return {}
         found = membership.clusters(self.strategy, self.env.data)
+        marks = list(found)
         for client, row in tally.rows.items():
-            if (name := found[client]) is not None:
-                row["cluster"] = name
+            told = row.pop("cluster", None)
+            marks[client] = told if marks[client] is None else marks[client]
+        tally.about["cluster"] = marks
         return membership.columns(found, self.env.data)
 
     def _close(self, progress: Progress, tally: Tally, row: Row, seconds: float) -> None:
         progress.rounds.append(row)
         if len(self.fleet.names) > 1:
-            for client, about in tally.rows.items():
-                about["device"] = self.fleet.names[self.fleet.kind[client]]
-        progress.clients += [tally.rows[c] for c in sorted(tally.rows)]
+            tally.about["device"] = [self.fleet.names[kind] for kind in self.fleet.kind.tolist()]
+        progress.clients.append(tally.chunk())
         progress.timings.append({"round": tally.round, "wall_seconds": seconds})
 
     def cohort(self, server_round: int, now: float = 0.0) -> tuple[list[int], float]:
@@ -310,20 +312,15 @@ class Federation:
         messages = self.strategy.configure_evaluate(
             server_round, arrays, self.told(max(server_round, 1)), view
         )
-        losses, accuracies = [], []
         together = self.collector.together(messages)
-        found_by = (
+        tally.judge(
             self.intake.judgements(messages, tally, self._test)
             if together is None
             else judgements(together[1], self.intake.gate, self._test)
         )
-        for client, found in found_by:
-            row = tally.row(client)
-            row["eval_examples"], row["eval_loss"], row["eval_accuracy"] = found
-            losses.append(found[1])
-            accuracies.append(found[2])
-        if not losses:
+        if not tally.judged:
             return {}
+        losses, accuracies = tally.judged["eval_loss"], tally.judged["eval_accuracy"]
         result: Row = {"client_loss": float(np.mean(losses))}
         if self.env.data.criterion != "mse":
             worst = np.sort(accuracies)[: max(1, math.ceil(0.1 * len(accuracies)))]

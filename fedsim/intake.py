@@ -6,24 +6,34 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
+from fedsim.columns import Chunk, Row
 from fedsim.core.averaging import examples_of, metrics_of
 from fedsim.core.nodes import client_at
 from fedsim.core.records import count_bytes
 from fedsim.gate import Gate, Refusal
 
-Row = dict[str, Any]
 Judgement = tuple[int, float, float]
 """Examples, mean loss and accuracy."""
+Judgements = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
+"""Clients, examples, mean losses and accuracies."""
 Expected = Callable[[RecordDict], Mapping[str, ArrayRecord]]
 PAST_KEPT = 100_000
 """Messages of earlier exchanges that a late reply is recognised by."""
 
 
 class Tally:
-    """Counts one round: a row for each client and the round's totals."""
+    """Counts one round: a row for each client that was asked to work, and the round's totals.
+
+    Attributes:
+        rows: by client.
+        judged: columns of those who were evaluated; `client` says who.
+        about: further columns; of each a value for every client there is, None for nothing.
+    """
 
     def __init__(self, server_round: int, names: tuple[str, ...]) -> None:
         self.round, self._names = server_round, names
@@ -31,6 +41,8 @@ class Tally:
         self.sampled: set[int] = set()
         self.phase_seconds: list[float] = []
         self.strays = 0
+        self.judged: dict[str, NDArray[Any]] = {}
+        self.about: dict[str, Sequence[Any]] = {}
         self._waited: float | None = None
 
     def row(self, client: int) -> Row:
@@ -89,6 +101,47 @@ class Tally:
             "admitted": took.count("ok"),
             "refused": len(took) - took.count("ok") + self.strays,
         }
+
+    def judge(self, judgements: Iterable[Judgements]) -> None:
+        """Note how clients did on their held-out examples."""
+        parts = list(judgements)
+        names = ("client", "eval_examples", "eval_loss", "eval_accuracy")
+        if parts:
+            self.judged = {n: np.concatenate([p[i] for p in parts]) for i, n in enumerate(names)}
+
+    def chunk(self) -> Chunk:
+        """The clients' rows, by ascending client."""
+        own = Chunk.of([self.rows[c] for c in sorted(self.rows)])
+        trained = np.array(sorted(self.rows), np.int64)
+        judged = self.judged.get("client", trained[:0])
+        clients = np.union1d(trained, judged)
+        columns: dict[str, Any] = {
+            "round": np.full(len(clients), self.round),
+            "client": clients,
+            "name": [self._names[c] for c in clients.tolist()],
+        }
+        there: dict[str, NDArray[np.bool_]] = {}
+        parts = [(trained, n, own.columns[n], own.there.get(n)) for n in own.columns]
+        parts += [(judged, n, values, None) for n, values in self.judged.items()]
+        for whose, name, values, has in parts:
+            if name in columns:
+                continue
+            place = np.searchsorted(clients, whose)
+            if isinstance(values, list):
+                listed = [None] * len(clients)
+                for at, value in zip(place.tolist(), values, strict=True):
+                    listed[at] = value
+                columns[name] = listed
+                continue
+            columns[name] = np.zeros(len(clients), values.dtype)
+            columns[name][place] = values
+            inside = np.zeros(len(clients), np.bool_)
+            inside[place] = True if has is None else has
+            if not inside.all():
+                there[name] = inside
+        for name, everybody in self.about.items():
+            columns[name] = [everybody[c] for c in clients.tolist()]
+        return Chunk(len(clients), columns, there)
 
 
 @dataclass(frozen=True)
@@ -176,8 +229,8 @@ class Intake:
 
     def judgements(
         self, messages: Iterable[Message], tally: Tally, examples: Sequence[int]
-    ) -> Iterator[tuple[int, Judgement]]:
-        """Send evaluate messages; client and judgement of every usable reply.
+    ) -> Iterator[Judgements]:
+        """Send evaluate messages; the judgement of every usable reply.
 
         Args:
             messages: the messages.
@@ -188,7 +241,11 @@ class Intake:
         for verdict in self.verdicts(sent, lambda _: {}, lambda c: examples[c], tally):
             usable = judgement(verdict.reply)
             if usable is not None:
-                yield client_at(verdict.message.metadata.dst_node_id), usable
+                client, (count, loss, accuracy) = verdict.message.metadata.dst_node_id, usable
+                yield (
+                    *(np.array([n], np.int64) for n in (client_at(client), count)),
+                    *(np.array([n], np.float64) for n in (loss, accuracy)),
+                )
 
     def _fault(self, message: Message | None, reply: Message, done: bool) -> Refusal | None:
         """Why a reply is a stray, or None if it answers its message."""

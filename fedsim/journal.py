@@ -5,7 +5,7 @@ flipped bit anywhere in it is noticed, and the generation before it is used. Two
 the run and are not written again every round: the history, an append-only file of JSON lines of
 which the checkpoint knows length and digest, and the clients' states, of which only those that
 changed are written; few changes are merged into bigger files, so a client's state is written again
-only some times however long the run is.
+only some times however long the run is. Of a resumed run they are read when somebody asks for them.
 
 Files appear whole or not at all: write, fsync, rename, fsync the folder.
 """
@@ -13,12 +13,11 @@ Files appear whole or not at all: write, fsync, rename, fsync the folder.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +25,14 @@ from typing import Any
 
 from torch import Tensor
 
+from fedsim.columns import Chunk, Rows
 from fedsim.core.errors import RunError
 from fedsim.core.packing import pack, unpack
 from fedsim.failpoints import crash_here
+from fedsim.states import Part, Piece, digest, digest_of, pieces, write
 
-FORMAT = 2
+FORMAT = 3
+COLUMNS = "$columns"
 TABLES = ("rounds", "client_rows", "timings")
 _NAME = re.compile(r"round-\d{8}-[0-9a-f]{32}\.safetensors")
 
@@ -44,18 +46,18 @@ class Snapshot:
         server: what the server holds (model entries by name).
         strategy: the strategy's state.
         clients: state kept by clients, by node. To save: of those whose state has changed since
-            the last checkpoint. As loaded: of all.
+            the last checkpoint. As loaded: of all, each read when it is asked for.
         rounds: rows of the rounds table so far.
-        client_rows: rows of the clients table so far.
+        client_rows: rows of the clients table so far, in columns or not.
         timings: rows of the timings table so far, measured seconds.
     """
 
     round: int
     server: dict[str, Tensor]
     strategy: dict[str, Any] = field(default_factory=dict)
-    clients: dict[str, Any] = field(default_factory=dict)
+    clients: Mapping[str, Any] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
-    client_rows: list[dict[str, Any]] = field(default_factory=list)
+    client_rows: Sequence[dict[str, Any]] = field(default_factory=list)
     timings: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -65,11 +67,44 @@ class _States:
 
     Attributes:
         name: of the file; the digest is part of it.
-        clients: how many it holds.
+        pieces: where each client's state is.
     """
 
     name: str
-    clients: int
+    pieces: dict[str, Piece]
+
+
+class Saved(Mapping[str, Any]):
+    """The states of all clients as of the last checkpoint, by node, read when asked for.
+
+    Args:
+        files: the files they are in, oldest first; the newest state of a client counts.
+    """
+
+    def __init__(self, files: list[_States]) -> None:
+        self._files = files
+
+    def __getitem__(self, node: str) -> Any:
+        for file in reversed(self._files):
+            if node in file.pieces:
+                try:
+                    return unpack(file.pieces[node].read())
+                except (OSError, ValueError) as error:
+                    raise RunError(
+                        f"the state of client {node} cannot be read: {error}; mend that, then go "
+                        f"on with: fedsim resume {file.pieces[node].path.parent.parent}"
+                    ) from error
+        raise KeyError(node)
+
+    def __contains__(self, node: object) -> bool:
+        return any(node in file.pieces for file in self._files)
+
+    def __iter__(self) -> Iterator[str]:
+        nodes = {node for file in self._files for node in file.pieces}
+        return iter(sorted(nodes, key=lambda node: (len(node), node)))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class Journal:
@@ -83,7 +118,7 @@ class Journal:
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
         self._written = dict.fromkeys(TABLES, 0)
-        self._length, self._digest = 0, _hash()
+        self._length, self._digest = 0, digest()
         self._states: list[_States] = []
         self._needs: dict[str, list[str]] = {}
         with self._clear_errors():
@@ -102,6 +137,11 @@ class Journal:
         return file.read_text()
 
     @property
+    def states(self) -> Mapping[str, Any]:
+        """Clients' states as of the last checkpoint, by node; it follows the later ones."""
+        return Saved(self._states)
+
+    @property
     def floor(self) -> int:
         """The oldest round from which `load` may have to go on."""
         return min((_round_of(path) for path in self._generations()), default=0)
@@ -115,8 +155,9 @@ class Journal:
             for path in self.folder.iterdir():
                 path.unlink()
         self._written = dict.fromkeys(TABLES, 0)
-        self._length, self._digest = 0, _hash()
-        self._states, self._needs = [], {}
+        self._length, self._digest = 0, digest()
+        self._states.clear()
+        self._needs = {}
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -138,7 +179,7 @@ class Journal:
                 "server": snapshot.server,
                 "strategy": snapshot.strategy,
                 "history": [self._length, self._digest.hexdigest()],
-                "states": [[s.name, s.clients] for s in self._states],
+                "states": [[s.name, len(s.pieces)] for s in self._states],
             }
             name = self._write_named("round", snapshot.round, pack(content))
             self._needs[name] = [s.name for s in self._states]
@@ -148,8 +189,12 @@ class Journal:
     def _append(self, snapshot: Snapshot) -> None:
         lines = []
         for table in TABLES:
-            rows = getattr(snapshot, table)
-            lines += [json.dumps([table, row]) + "\n" for row in rows[self._written[table] :]]
+            rows, done = getattr(snapshot, table), self._written[table]
+            if isinstance(rows, Rows):
+                new: Any = [{COLUMNS: chunk.plain()} for chunk in rows.chunks[done:]]
+            else:
+                new = rows[done:]
+            lines += [json.dumps([table, row]) + "\n" for row in new]
         data = "".join(lines).encode()
         with open(self._history, "r+b" if self._history.exists() else "w+b") as file:
             file.truncate(self._length)
@@ -159,18 +204,24 @@ class Journal:
             os.fsync(file.fileno())
         self._length += len(data)
         self._digest.update(data)
-        self._written = {table: len(getattr(snapshot, table)) for table in TABLES}
+        self._written = {table: _lines(getattr(snapshot, table)) for table in TABLES}
 
-    def _add_states(self, number: int, changed: dict[str, Any]) -> None:
+    def _add_states(self, number: int, changed: Mapping[str, Any]) -> None:
         """Write changed states, together with earlier files that are not much bigger."""
-        while self._states and self._states[-1].clients <= 2 * len(changed):
-            changed = self._read_states(self._states.pop().name) | changed
-        name = self._write_named("states", number, pack(changed))
-        self._states.append(_States(name, len(changed)))
+        parts: dict[str, Part] = {node: pack(state) for node, state in changed.items()}
+        while self._states and len(self._states[-1].pieces) <= 2 * len(parts):
+            parts = {**self._states.pop().pieces, **parts}
+        temporary = self.folder / ".states.tmp"
+        with open(temporary, "wb") as file:
+            name = f"states-{number:08d}-{write(file, parts)}.safetensors"
+            file.flush()
+            os.fsync(file.fileno())
+        self._rename(temporary, self.folder / name)
+        self._states.append(_States(name, pieces(self.folder / name)))
         crash_here("journal.states")
 
     def _write_named(self, kind: str, number: int, data: bytes) -> str:
-        name = f"{kind}-{number:08d}-{_hash(data).hexdigest()}.safetensors"
+        name = f"{kind}-{number:08d}-{digest(data).hexdigest()}.safetensors"
         self._write(self.folder / name, data)
         return name
 
@@ -180,6 +231,9 @@ class Journal:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        self._rename(temporary, path)
+
+    def _rename(self, temporary: Path, path: Path) -> None:
         crash_here("journal.temporary")
         os.replace(temporary, path)
         crash_here("journal.renamed")
@@ -249,37 +303,49 @@ class Journal:
         return content
 
     def _restore(self, content: dict[str, Any]) -> Snapshot:
-        length, digest = content["history"]
+        length, wanted = content["history"]
         history = self._history.read_bytes()[:length] if length else b""
-        if _hash(history).hexdigest() != digest:
+        if digest(history).hexdigest() != wanted:
             raise ValueError("the history before it is damaged")
-        clients: dict[str, Any] = {}
-        for name, _ in content["states"]:
-            clients |= self._read_states(name)
-        tables: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
+        states = [_States(name, self._pieces(name)) for name, _ in content["states"]]
+        tables: dict[str, Any] = {name: [] for name in TABLES}
         for line in history.splitlines():
             table, row = json.loads(line)
-            tables[table].append(row)
-        self._length, self._digest = length, _hash(history)
-        self._written = {name: len(rows) for name, rows in tables.items()}
-        self._states = [_States(name, count) for name, count in content["states"]]
-        return Snapshot(content["round"], content["server"], content["strategy"], clients, **tables)
+            if COLUMNS in row:
+                tables[table] = tables[table] or Rows()
+                tables[table].append(Chunk.from_plain(row[COLUMNS]))
+            else:
+                tables[table].append(row)
+        self._length, self._digest = length, digest(history)
+        self._written = {name: _lines(rows) for name, rows in tables.items()}
+        self._states = states
+        return Snapshot(
+            content["round"], content["server"], content["strategy"], self.states, **tables
+        )
 
-    def _read_states(self, name: str) -> dict[str, Any]:
-        content: dict[str, Any] = unpack(_sound(self.folder / name))
-        return content
+    def _pieces(self, name: str) -> dict[str, Piece]:
+        path = self.folder / name
+        if digest_of(path) != _named(path):
+            raise ValueError("digest does not match")
+        return pieces(path)
 
 
 def _sound(path: Path) -> bytes:
     """The bytes of a file that carries their digest in its name."""
     data = path.read_bytes()
-    if _hash(data).hexdigest() != path.stem.rpartition("-")[2]:
+    if digest(data).hexdigest() != _named(path):
         raise ValueError("digest does not match")
     return data
 
 
-def _hash(data: bytes = b"") -> hashlib.blake2b:
-    return hashlib.blake2b(data, digest_size=16)
+def _lines(rows: Sequence[Any]) -> int:
+    """Lines that rows take in the history: one each, or one for each chunk of columns."""
+    return len(rows.chunks) if isinstance(rows, Rows) else len(rows)
+
+
+def _named(path: Path) -> str:
+    """The digest in a file's name."""
+    return path.stem.rpartition("-")[2]
 
 
 def _round_of(path: Path) -> int:

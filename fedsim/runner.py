@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, RecordDict
 from safetensors.torch import save
 
 from fedsim import registry
 from fedsim.client_app import ProgramApp
+from fedsim.columns import Chunk, Rows
 from fedsim.config import Experiment, StrategyConfig
 from fedsim.core.adapter import adapt
 from fedsim.core.errors import FedsimError, RunError
@@ -31,7 +32,7 @@ from fedsim.ledger import Ledger
 from fedsim.models.exporting import save_adapter, source_of
 from fedsim.results import RunWriter, environment
 from fedsim.results.files import write_atomic
-from fedsim.runtime.choose import Choice
+from fedsim.runtime.choose import ON_NODES, Choice
 from fedsim.runtime.engine import Engine
 from fedsim.runtime.grid import LocalGrid
 from fedsim.runtime.remote import RemoteGrid
@@ -158,6 +159,10 @@ class Run:
     def _rounds(self) -> int:
         return self.task.experiment.experiment.rounds
 
+    @property
+    def _budget(self) -> int:
+        return self.task.experiment.runtime.state_budget
+
     @one_thread()
     def execute(self, resume: bool = False) -> RunResult:
         """Run all rounds that are left.
@@ -208,7 +213,7 @@ class Run:
         if resumed:
             return Choice(**(saved_config(self.task.path) or {}).get("engine", {}))
         if not isinstance(self.grid, LocalGrid):
-            return Choice("serial", "every client on its own node")
+            return ON_NODES
         return self.federation.choice()
 
     def _begin(self) -> Progress:
@@ -224,7 +229,8 @@ class Run:
             self.federation.advance(progress)
             crash_here("round.end")
             self.federation.check_finite(progress)
-            if progress.round % every == 0 or progress.round == self._rounds:
+            due = progress.round % every == 0 or progress.round == self._rounds
+            if due or self._crowded():
                 self._save(progress)
             row = progress.rounds[-1]
             self._tell(
@@ -239,6 +245,10 @@ class Run:
                     progress.timings[-1]["wall_seconds"],
                 )
             )
+
+    def _crowded(self) -> bool:
+        """Whether clients' states that no checkpoint has yet take more memory than they may."""
+        return isinstance(self.grid, LocalGrid) and self.grid.unsaved > self._budget
 
     def _save(self, progress: Progress) -> None:
         states = {str(node): tree_of(state) for node, state in self.grid.changed_states().items()}
@@ -257,6 +267,8 @@ class Run:
         )
         if isinstance(self.grid, RemoteGrid):
             self.grid.floor = self.journal.floor
+        else:
+            self.grid.spill(_States(self.journal.states), self._budget)
         if time.monotonic() - self._tables_written > TABLES_EVERY:
             self.writer.write_tables(progress.rounds, progress.clients, progress.timings)
             self._tables_written = time.monotonic()
@@ -269,15 +281,13 @@ class Run:
         if names == set(initial.layout.names):
             arrays = as_flat(arrays, initial.layout)
         self.federation.strategy.load_state_dict(snapshot.strategy)
-        self.grid.load_states(
-            {int(node): content_of(state) for node, state in snapshot.clients.items()}
-        )
+        self.grid.load_states(_States(snapshot.clients))
         if isinstance(self.grid, RemoteGrid):
             self.grid.floor = self.journal.floor
         self._status("running", snapshot.round)
-        return Progress(
-            snapshot.round, arrays, snapshot.rounds, snapshot.client_rows, snapshot.timings
-        )
+        clients = snapshot.client_rows
+        clients = clients if isinstance(clients, Rows) else Rows([Chunk.of(clients)])
+        return Progress(snapshot.round, arrays, snapshot.rounds, clients, snapshot.timings)
 
     def _status(self, state: str, done: int, reason: str | None = None) -> None:
         self.writer.write_status(
@@ -303,6 +313,26 @@ class Run:
         metrics = numbers(progress.rounds[-1])
         self._tell(RunFinished(self.task.name, str(self.task.path), metrics))
         return RunResult(self.task.path, self.task.entry.label, self.task.seed, metrics)
+
+
+class _States(Mapping[int, RecordDict]):
+    """Clients' states by node, each unpacked when it is asked for.
+
+    Args:
+        saved: nested states by node, as a checkpoint holds them.
+    """
+
+    def __init__(self, saved: Mapping[str, Any]) -> None:
+        self._saved = saved
+
+    def __getitem__(self, node: int) -> RecordDict:
+        return content_of(self._saved[str(node)])
+
+    def __iter__(self) -> Iterator[int]:
+        return map(int, self._saved)
+
+    def __len__(self) -> int:
+        return len(self._saved)
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:

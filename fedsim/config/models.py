@@ -223,7 +223,9 @@ class RuntimeConfig(Section):
     executor: Literal["auto", "serial", "threads", "batched"] = "auto"
     """One client after another, on threads, or whole cohorts stacked; written into the run."""
     device: str = Field(default="cpu", pattern=r"^(cpu|mps|cuda(:\d{1,3})?)$")
-    """Torch device: `cpu`, `cuda`, `cuda:N` or `mps`."""
+    """Torch device: `cpu`, `cuda`, `cuda:N` or `mps`; all but `cpu` with `ray` alone."""
+    state_budget: int = Field(default=2**30, ge=0, le=2**50)
+    """Bytes of memory for what clients keep between rounds; the rest is read from checkpoints."""
 
 
 class JournalConfig(Section):

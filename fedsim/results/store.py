@@ -17,10 +17,20 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from fedsim.columns import Rows
 from fedsim.core.errors import RunError
 from fedsim.results.environment import environment
 from fedsim.results.files import make_folder, read_json, remove_leftovers, write_json
-from fedsim.results.tables import CLIENTS, ROUNDS, TIMINGS, Row, read_table, to_table, write_table
+from fedsim.results.tables import (
+    CLIENTS,
+    ROUNDS,
+    TIMINGS,
+    Row,
+    chunks_to_table,
+    read_table,
+    to_table,
+    write_table,
+)
 
 __all__ = ["FORMAT", "Run", "RunWriter", "environment", "find_runs"]
 
@@ -77,6 +87,8 @@ class RunWriter:
             write_table(self.path / f"{name}.parquet", self._convert(name, rows))
 
     def _convert(self, name: str, rows: Sequence[Row]) -> pa.Table:
+        if isinstance(rows, Rows):
+            return chunks_to_table(rows.chunks, _TABLES[name], name)
         last, count, done = self._done.get(name, ({}, 0, None))
         table = None
         if done is not None and count <= len(rows) and rows[count - 1] is last:

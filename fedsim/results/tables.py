@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fedsim.columns import Chunk
 from fedsim.core.errors import RunError
 from fedsim.results.files import write_atomic
 
@@ -83,7 +84,38 @@ def to_table(rows: Sequence[Row], columns: Columns, what: str) -> pa.Table:
     return pa.table(dict(zip([*columns, *extra], arrays, strict=True)))
 
 
-def _column(rows: Sequence[Row], name: str, kind: pa.DataType | None, what: str) -> pa.Array:
+def chunks_to_table(chunks: Sequence[Chunk], columns: Columns, what: str) -> pa.Table:
+    """As `to_table`, of rows that are in columns already."""
+    extra = sorted({name for chunk in chunks for name in chunk.columns} - set(columns))
+    arrays = []
+    for name in (*columns, *extra):
+        parts = [_part(chunk, name, columns.get(name)) for chunk in chunks]
+        kinds = {part.type for part in parts} - {pa.null()}
+        kind = columns.get(name) or (kinds.pop() if len(kinds) == 1 else _FLOAT)
+        try:
+            arrays.append(pa.chunked_array([p.cast(kind) for p in parts], type=kind))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            raise RunError(
+                f"column {name!r} of {what} holds {', '.join(sorted(map(str, kinds)))}; expected "
+                "numbers, truth values or text, not a mixture"
+            ) from error
+    return pa.table(dict(zip((*columns, *extra), arrays, strict=True))).combine_chunks()
+
+
+def _part(chunk: Chunk, name: str, kind: pa.DataType | None) -> pa.Array:
+    """A chunk's column; nulls if it has none of that name."""
+    if name not in chunk.columns:
+        return pa.nulls(chunk.size, kind or pa.null())
+    values = chunk.columns[name]
+    if isinstance(values, list):
+        return _column([{name: value} for value in values], name, kind, "clients", True)
+    missing = ~chunk.there[name] if name in chunk.there else None
+    return pa.array(values, type=kind, mask=missing)
+
+
+def _column(
+    rows: Sequence[Row], name: str, kind: pa.DataType | None, what: str, part: bool = False
+) -> pa.Array:
     values = [row.get(name) for row in rows]
     try:
         if kind is not None:
@@ -95,7 +127,7 @@ def _column(rows: Sequence[Row], name: str, kind: pa.DataType | None, what: str)
             f"column {name!r} of {what} holds {', '.join(kinds)}; expected "
             f"{kind if kind is not None else 'numbers, truth values or text, not a mixture'}"
         ) from error
-    return array.cast(_FLOAT) if pa.types.is_null(array.type) else array
+    return array.cast(_FLOAT) if pa.types.is_null(array.type) and not part else array
 
 
 def _plain(value: Any) -> Any:

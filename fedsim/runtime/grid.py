@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from fedsim.core.bulk import Broadcast, Replies
 from fedsim.core.nodes import client_at, node_of
-from fedsim.core.records import FlatRecord
+from fedsim.core.records import FlatRecord, count_bytes
 from fedsim.runtime import flower
 from fedsim.runtime.request import explain
 from fedsim.runtime.work import PARTITION
@@ -53,8 +53,11 @@ class LocalGrid(Grid):
         self._app, self._run_id, self._debug = client_app, run_id, debug
         self.num_nodes = num_nodes
         self._run_config = dict(run_config or {})
-        self._contexts: dict[int, Context] = {}
+        self._contexts: dict[int, Context] = {}  # those used last at the end
         self._touched: set[int] = set()
+        self._saved: Mapping[int, RecordDict] = {}
+        self._away: set[int] = set()
+        self._sizes: dict[int, int] = {}
         self._pending: dict[str, Message] = {}
         self._numbers = itertools.count(1)
         self._lock = Lock()
@@ -116,7 +119,7 @@ class LocalGrid(Grid):
             return None
         if not 1 <= min(nodes) <= max(nodes) <= self.num_nodes:
             return None
-        replies: Replies | None = answer(broadcast, lambda client: self.context(node_of(client)))
+        replies: Replies | None = answer(broadcast, self._context_of)
         return replies
 
     def _replies(self, message_ids: Iterable[str]) -> Iterator[Message]:
@@ -127,7 +130,7 @@ class LocalGrid(Grid):
         if together is None or self._debug or not all(map(self._known, messages)):
             yield from (self._numbered(self.execute(message)) for message in messages)
             return
-        answers = together(messages, lambda client: self.context(node_of(client)))
+        answers = together(messages, self._context_of)
         for message, said in zip(messages, answers, strict=True):
             if said is None:
                 reply = self.execute(message)
@@ -144,34 +147,80 @@ class LocalGrid(Grid):
         flower.set_message_id(reply, f"r{next(self._numbers)}")
         return reply
 
-    def context(self, node: int) -> Context:
-        """The node's context; made when first asked for."""
+    def context(self, node: int, change: bool = True) -> Context:
+        """The node's context; made when first asked for.
+
+        Args:
+            node: whose.
+            change: whether its state may be changed. If not, a state that is not in memory is
+                read, but not kept there.
+        """
         with self._lock:
-            self._touched.add(node)
-            if node not in self._contexts:
-                config: dict[str, str | int | float | bool] = {
-                    PARTITION: client_at(node),
-                    "num-partitions": self.num_nodes,
-                }
-                self._contexts[node] = Context(
-                    self._run_id, node, config, RecordDict(), self._run_config
-                )
-            return self._contexts[node]
+            found = self._contexts.pop(node, None)
+            if found is None:
+                found = self._make(node)
+                if not change:
+                    return found
+                self._away.discard(node)
+            self._contexts[node] = found
+            if change:
+                self._touched.add(node)
+            return found
+
+    def _context_of(self, client: int, change: bool = False) -> Context:
+        return self.context(node_of(client), change)
+
+    def _make(self, node: int) -> Context:
+        config: dict[str, str | int | float | bool] = {
+            PARTITION: client_at(node),
+            "num-partitions": self.num_nodes,
+        }
+        state = self._saved[node] if node in self._away else RecordDict()
+        return Context(self._run_id, node, config, state, self._run_config)
+
+    @property
+    def unsaved(self) -> int:
+        """Bytes of the states that may have changed since `changed_states` was last asked for."""
+        with self._lock:
+            return sum(count_bytes(self._contexts[n].state) for n in self._touched)
 
     def changed_states(self) -> dict[int, RecordDict]:
         """State of every node that was at work since this was last asked and has any state."""
         with self._lock:
             nodes, self._touched = sorted(self._touched), set()
-        states = {n: self._contexts[n].state for n in nodes}
+            states = {n: self._contexts[n].state for n in nodes}
+            for node, state in states.items():
+                if len(state):
+                    self._sizes[node] = count_bytes(state)
+                else:  # memory is for those who have something to remember
+                    del self._contexts[node]
         return {n: state for n, state in states.items() if len(state)}
 
+    def spill(self, saved: Mapping[int, RecordDict], budget: int) -> None:
+        """Keep in memory `budget` bytes of states, those used last; the others are read again.
+
+        Args:
+            saved: gives a node's state; it holds all that `changed_states` has given.
+            budget: bytes.
+        """
+        with self._lock:
+            self._saved = saved
+            total = sum(self._sizes.values())
+            for node in list(self._contexts) if total > budget else ():
+                if total <= budget:
+                    break
+                if node not in self._touched:
+                    del self._contexts[node]
+                    self._away.add(node)
+                    total -= self._sizes.pop(node)
+
     def load_states(self, states: Mapping[int, RecordDict]) -> None:
-        """Replace the state of all nodes."""
+        """Replace the state of all nodes; each is taken when it is needed."""
         with self._lock:
             self._contexts.clear()
-        for node, state in states.items():
-            self.context(node).state = state
-        self._touched.clear()
+            self._touched.clear()
+            self._sizes.clear()
+            self._saved, self._away = states, set(states)
 
     def execute(self, message: Message) -> Message:
         """Run the ClientApp on one message and return its reply."""

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar, cast, overload
+from typing import Protocol, TypeVar, cast, overload
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
@@ -24,8 +24,14 @@ from fedsim.runtime.work import Environment
 S = TypeVar("S")
 PRIVATE = "private"
 """Name under which a client keeps the model entries that never leave it."""
-ContextOf = Callable[[int], Context]
-"""Gives the context of a client, by partition number."""
+
+
+class ContextOf(Protocol):
+    """Gives the context of a client, by partition number."""
+
+    def __call__(self, client: int, change: bool = False, /) -> Context:
+        """The context; `change` says that its state is about to be changed."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ class Request:
         for name, vectors in outcomes.kept.items():
             for client, vector in zip(clients, vectors, strict=True):
                 own = FlatRecord(trained, vector.clone())
-                self.context_of(client).state[self._key(name)] = own
+                self.context_of(client, True).state[self._key(name)] = own
         shapes = self.program.answers(self.env.model.info, shapes_of(received))
         part = part_of(layout, shapes)
         private = self.program.private(self.env.model.info) - set(part.names)
@@ -171,7 +177,7 @@ class Request:
             flats, besides = _part(rows, beside, layout, own_part)
             for i, client in enumerate(clients):
                 own = FlatRecord(own_part, flats[i].clone(), besides[i] if besides else None)
-                self.context_of(client).state[self._key(PRIVATE)] = own
+                self.context_of(client, True).state[self._key(PRIVATE)] = own
         if part is not layout:
             rows, beside = _part(rows, beside, layout, part)
         if self.program.replies == "delta":

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,48 @@ def test_a_disk_that_gives_up(tmp_path: Path) -> None:
     assert faults(tmp_path, wanted, chosen) == 0
 
 
+@contextmanager
+def small_disk(place: Path, kilobytes: int) -> Iterator[Path]:
+    """A file system of its own in memory, of that size."""
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def full(tmp_path: Path, wanted: str, kilobytes: int) -> int:
+    """1 if a run did not survive a disk of that size, which grows when it is full."""
+    with small_disk(tmp_path / f"disk-{kilobytes}", kilobytes) as disk:
+        try:
+            run(disk / "run")
+        except RunError as error:
+            if os.strerror(errno.ENOSPC) not in str(error):
+                return 1
+            grow = ["mount", "-o", "remount,size=8m", str(disk)]
+            subprocess.run(grow, check=True)
+        return int(run(disk / "run") != wanted)
+
+
+def test_a_disk_that_is_full_and_grows(tmp_path: Path) -> None:
+    wanted, _ = calls(tmp_path)
+    assert [full(tmp_path, wanted, size) for size in (8, 24, 44)] == [0, 0, 0]
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
+def test_row_8_full(tmp_path: Path, scorecard: Callable[..., None]) -> None:
+    """From a disk on which nothing fits to one on which everything does."""
+    wanted, _ = calls(tmp_path)
+    sizes = range(4, 104, 4)
+    failures = sum(full(tmp_path, wanted, size) for size in sizes)
+    scorecard("8", "disks that were full and grew", len(sizes), failures)
+    assert failures == 0
+
+
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
 def test_row_8_disk(tmp_path: Path, scorecard: Callable[..., None]) -> None:
@@ -299,8 +342,18 @@ def test_planted_torn_checkpoint_is_found(tmp_path: Path, monkeypatch: pytest.Mo
         except OSError:
             path.write_bytes(data[:100])
 
+    def torn(file: Any, parts: Any) -> str:
+        try:
+            return write(file, parts)
+        except OSError:
+            file.truncate(100)
+            return "0" * 32
+
+    write = journals.write
     monkeypatch.setattr(Journal, "_write", careless)
     monkeypatch.setattr(journals, "_sound", Path.read_bytes)
+    monkeypatch.setattr(journals, "write", torn)
+    monkeypatch.setattr(journals, "digest_of", lambda path: path.stem.rpartition("-")[2])
     every = [(at, errno.ENOSPC) for at in range(2, count + 1, 9)]
     assert faults(tmp_path, wanted, every) > 0
 
