@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from flwr.serverapp import Grid
 
 from fedsim.app_config import STATE, Settings
 from fedsim.client_app import ProgramApp
-from fedsim.core.errors import RunError
+from fedsim.config import RuntimeConfig
+from fedsim.core.errors import ConfigError, RunError
 from fedsim.journal import Journal, locked
 from fedsim.runner import OnEvent, Run, RunResult, Task, saved_config
 from fedsim.runtime import code
@@ -20,6 +22,27 @@ from fedsim.runtime.work import Environment
 
 ROLL = "nodes.json"
 """Name of the file in the checkpoints folder that says which nodes serve which clients."""
+
+
+def check_device(runtime: RuntimeConfig) -> None:
+    """Refuse a device that nothing would be computed on.
+
+    Raises:
+        ConfigError: it is not there, or the engine in this process does not use it.
+    """
+    device = runtime.device
+    if device == "cpu":
+        return
+    if runtime.name == "local":
+        raise ConfigError(
+            f"runtime.device = {device!r} is not possible with runtime.name = 'local', whose "
+            "engine computes on the CPU: set runtime.device = 'cpu'"
+        )
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"runtime.device = {device!r}: PyTorch finds no CUDA device on this machine; "
+            "set runtime.device = 'cpu', or install a driver and a PyTorch build for it"
+        )
 
 
 def start(task: Task, on_event: OnEvent | None = None, resume: bool = False) -> RunResult:
@@ -34,6 +57,7 @@ def start(task: Task, on_event: OnEvent | None = None, resume: bool = False) -> 
         FedsimError: the run cannot be made or cannot go on; what is finished stays on disk.
     """
     runtime = task.experiment.runtime
+    check_device(runtime)
     if runtime.name == "local":
         if resume and on_nodes(task.path):
             raise RunError(
