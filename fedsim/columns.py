@@ -60,8 +60,8 @@ class Chunk:
     def from_plain(columns: Mapping[str, list[Any]]) -> Chunk:
         """The inverse of `plain`."""
         size = len(next(iter(columns.values()), []))
-        found = {}
-        there = {}
+        found: dict[str, Values] = {}
+        there: dict[str, NDArray[np.bool_]] = {}
         for name, values in columns.items():
             one = Chunk.of([{name: value} for value in values]) if size else Chunk(0, {}, {})
             found[name] = one.columns.get(name, values)

@@ -291,10 +291,12 @@ class Federation:
         )
         tally = Tally(server_round, self.env.data.client_names)
         judged = self.intake.judgements(messages, tally, [count] * self.env.data.num_clients)
-        found = [judgement for _, judgement in judged] if count else []
+        found = list(judged) if count else []
         if not found:
             return {}
-        return self.central.named(*(float(np.mean([f[i] for f in found])) for i in (1, 2)))
+        return self.central.named(
+            *(float(np.mean(np.concatenate([f[i] for f in found]))) for i in (2, 3))
+        )
 
     def _check_zoo(self) -> None:
         """Raise `ConfigError` if clients have models of their own, but the strategy sends one."""

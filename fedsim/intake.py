@@ -241,11 +241,10 @@ class Intake:
         for verdict in self.verdicts(sent, lambda _: {}, lambda c: examples[c], tally):
             usable = judgement(verdict.reply)
             if usable is not None:
-                client, (count, loss, accuracy) = verdict.message.metadata.dst_node_id, usable
-                yield (
-                    *(np.array([n], np.int64) for n in (client_at(client), count)),
-                    *(np.array([n], np.float64) for n in (loss, accuracy)),
-                )
+                client = client_at(verdict.message.metadata.dst_node_id)
+                count, loss, accuracy = usable
+                who, of = (np.array([n], np.int64) for n in (client, count))
+                yield who, of, np.array([loss]), np.array([accuracy])
 
     def _fault(self, message: Message | None, reply: Message, done: bool) -> Refusal | None:
         """Why a reply is a stray, or None if it answers its message."""
