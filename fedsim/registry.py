@@ -138,7 +138,7 @@ GIVEN = {
 NEEDY = frozenset(
     {"huggingface", "npz", "plays", "natural_instructions", "dolly", "alpaca", "hf_causal_lm"}
     | {"dirichlet", "inner_dirichlet", "size", "grouped_natural", "vertical_size"}
-    | {"called", "folder"}
+    | {"called", "folder", "isic"}
 )
 """Built-in components that cannot be made without parameters."""
 _EXTRAS = {

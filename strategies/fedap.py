@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from fedsim.core.averaging import server_step
-from fedsim.core.errors import require
+from fedsim.core.errors import one_of, require
 from fedsim.core.hierarchical import HierarchicalStrategy
 from fedsim.core.records import FlatRecord, as_flat
 
@@ -70,18 +70,13 @@ class FedAP(HierarchicalStrategy):
         **options: Any,
     ) -> None:
         super().__init__(**{"unit": True, **options})
-        for name, value, literal in (
-            ("inner", inner, Inner),
-            ("bn", bn, BatchNorm),
-            ("schedule", schedule, Schedule),
-        ):
-            allowed = get_args(literal)
-            require(value in allowed, name, value, f"one of {', '.join(allowed)}")
-        require(meta_step >= 0, "meta_step", meta_step, "0 or above")
-        require(meta_step_end >= 0, "meta_step_end", meta_step_end, "0 or above")
-        require(personal_epochs >= 0, "personal_epochs", personal_epochs, "0 or above")
+        one_of("inner", inner, Inner)
+        one_of("bn", bn, BatchNorm)
+        one_of("schedule", schedule, Schedule)
         self.inner, self.meta_step, self.meta_step_end = inner, meta_step, meta_step_end
         self.personal_epochs, self.bn, self.schedule = personal_epochs, bn, schedule
+        for name in ("meta_step", "meta_step_end", "personal_epochs"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
 
     def client_config(self) -> dict[str, Any]:
         """Tell the clients how long to personalise."""

@@ -94,9 +94,5 @@ class PACFL(HierarchicalStrategy):
 
     def costs(self, point: Any, names: list[int]) -> Any:
         """Mean angle to the members of each cluster."""
-        return np.array(
-            [
-                np.mean([self.angles(point, one) for one in self.centres[c][1].numpy()])
-                for c in names
-            ]
-        )
+        found = ([self.angles(point, one) for one in self.centres[c][1].numpy()] for c in names)
+        return np.array([np.mean(angles) for angles in found])

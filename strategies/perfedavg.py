@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from fedsim.core.errors import require
+from fedsim.core.errors import one_of, require
 from strategies.fedavg import FedAvg
 
 Order = Literal["first", "hessian_free"]
@@ -43,8 +43,7 @@ class PerFedAvg(FedAvg):
         weighted: bool = False,
     ) -> None:
         super().__init__(server_lr, weighted)
-        allowed = get_args(Order)
-        require(order in allowed, "order", order, f"one of {', '.join(allowed)}")
+        one_of("order", order, Order)
         require(alpha >= 0, "alpha", alpha, "0 or above")
         require(delta > 0, "delta", delta, "above 0")
         require(tuning_epochs >= 0, "tuning_epochs", tuning_epochs, "0 or above")

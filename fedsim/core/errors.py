@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, get_args
 
 
 class FedsimError(Exception):
@@ -55,6 +56,16 @@ def require(holds: bool, name: str, value: object, allowed: str) -> None:
     """
     if not holds:
         raise ConfigError(f"{name} = {value} must be {allowed}")
+
+
+def one_of(name: str, value: object, literal: Any) -> None:
+    """Check that an argument is one of the values of a `Literal`.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    allowed = get_args(literal)
+    require(value in allowed, name, value, f"one of {', '.join(allowed)}")
 
 
 class DataError(FedsimError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, Message
 from fedsim.core import clustering
 from fedsim.core.clustering import Clustering, Cut, Linkage, Metric, Rule
 from fedsim.core.clusters import ClusteredStrategy
-from fedsim.core.errors import require
+from fedsim.core.errors import one_of, require
 from fedsim.core.records import FlatRecord, as_flat
 from fedsim.core.rng import SERVER, stream
 from fedsim.core.strategy import Aggregate
@@ -95,8 +95,7 @@ class HierarchicalStrategy(ClusteredStrategy):
             ("init", init, Init),
             ("late_joiner", late_joiner, Joiner),
         ):
-            allowed = get_args(literal)
-            require(value in allowed, name, value, f"one of {', '.join(allowed)}")
+            one_of(name, value, literal)
         for name, number, least in (
             ("warmup_rounds", warmup_rounds, 0),
             ("signature_epochs", signature_epochs, 0),

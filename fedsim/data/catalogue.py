@@ -7,6 +7,7 @@ DATASETS = {
     "mnist5k": "fedsim.data.datasets:mnist5k",
     "synthetic": "fedsim.data.datasets:synthetic",
     "npz": "fedsim.data.datasets:npz",
+    "isic": "fedsim.data.isic:isic",
     "pydoc": "fedsim.data.text:pydoc",
     "plays": "fedsim.data.text:plays",
     "instruction_tasks": "fedsim.data.instructions:instruction_tasks",
