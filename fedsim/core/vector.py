@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedsim.core.errors import RunError
 from fedsim.core.records import FlatRecord
 
 Build = Callable[[Tensor, bytes | None], None]
@@ -28,6 +29,9 @@ class Copy:
 
     Args:
         like: a vector of the same size, dtype and device; not copied yet.
+
+    Raises:
+        RunError: the folder for temporary files cannot take it.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -35,7 +39,6 @@ class Copy:
         self._file = None
         if like.device.type == "cpu" and like.nbytes >= LARGE:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115
-            self._file.truncate(like.nbytes)
         else:
             self._kept = torch.empty_like(like)
 
@@ -45,8 +48,14 @@ class Copy:
             self._kept.copy_(vector)
             return
         data, done = _bytes(vector), 0
-        while done < len(data):
-            done += os.pwrite(self._file.fileno(), data[done:], done)
+        try:
+            while done < len(data):
+                done += os.pwrite(self._file.fileno(), data[done:], done)
+        except OSError as error:
+            raise RunError(
+                f"{tempfile.gettempdir()} cannot hold a model of {len(data):,} bytes: "
+                f"{error.strerror}; name a folder with room for it in TMPDIR"
+            ) from None
 
     def get(self, vector: Tensor) -> None:
         """Copy into a vector."""

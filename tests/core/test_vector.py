@@ -10,6 +10,7 @@ from torch import nn
 
 from fedsim.core import vector
 from fedsim.core.criteria import criterion
+from fedsim.core.errors import RunError
 from fedsim.core.model import FlatModel
 from fedsim.core.vector import Copy, Resident
 
@@ -37,6 +38,16 @@ def test_a_copy_gives_back_every_bit(where: str, dtype: torch.dtype) -> None:
     if where == "file":
         copy.view().zero_()
         assert copy.view().abs().sum() > 0  # a view is private
+
+
+def test_a_folder_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(vector, "LARGE", 1)
+    monkeypatch.setattr(vector.os, "pwrite", full)
+    with pytest.raises(RunError, match="TMPDIR"):
+        Copy(torch.ones(4)).put(torch.ones(4))
 
 
 def made() -> FlatModel:
