@@ -25,6 +25,8 @@ __all__ = [
 ]
 
 Weights = NDArray[np.float64]
+PIECE = 1 << 16
+"""Entries that are converted and added at a time."""
 
 
 class Mean:
@@ -46,7 +48,7 @@ class Mean:
         if self._sum is None:
             self._like = flat
             self._sum = torch.zeros_like(flat.flat, dtype=torch.float64)
-        self._sum.add_(flat.flat, alpha=weight)
+        _add(self._sum, flat.flat, weight)
         self._add_beside(flat.beside, weight)
         self.total += weight
 
@@ -65,7 +67,7 @@ class Mean:
             like = torch.empty((), dtype=block.rows[name].dtype, device=vector.device)
             self._like = FlatRecord(block.layouts[name], like, beside)
             self._sum = torch.zeros_like(vector, dtype=torch.float64)
-        self._sum.add_(vector, alpha=total)
+        _add(self._sum, vector, total)
         if name == "arrays":
             for beside, weight in zip(block.beside, weights.tolist(), strict=False):
                 self._add_beside(beside, weight)
@@ -91,6 +93,17 @@ class Mean:
             for name, value in self._beside.items()
         }
         return self._like.with_flat((self._sum / self.total).to(self._like.flat.dtype), beside)
+
+
+def _add(total: Tensor, vector: Tensor, weight: float) -> None:
+    """``total += weight * vector`` in float64.
+
+    A cacheful at a time: torch is slow where an operation mixes dtypes, and a vector that was
+    converted as a whole would go through memory once more.
+    """
+    size = PIECE if total.device.type == "cpu" else max(1, len(total))
+    for part, own in zip(total.split(size), vector.split(size), strict=True):
+        part.add_(own.double(), alpha=weight)
 
 
 class MetricMean:
