@@ -18,6 +18,7 @@ from fedsim.runtime import code
 from fedsim.runtime.choose import ON_NODES
 from fedsim.runtime.remote import RemoteGrid
 from fedsim.runtime.simulation import simulate
+from fedsim.runtime.threads import available_cores
 from fedsim.runtime.work import Environment
 
 ROLL = "nodes.json"
@@ -70,6 +71,7 @@ def start(task: Task, on_event: OnEvent | None = None, resume: bool = False) -> 
         **Settings.config(task.experiment, task.entry, task.seed),
         STATE: str((task.path / "client-state").resolve()),
     }
+    workers = runtime.workers or available_cores()
     with locked(task.path):
         clients = Environment.of(task.experiment, task.seed, task.entry).data.num_clients
         return simulate(
@@ -78,8 +80,8 @@ def start(task: Task, on_event: OnEvent | None = None, resume: bool = False) -> 
             ),
             ProgramApp(run_config=settings),
             clients,
-            runtime.workers,
-            gpus=1 / runtime.workers if runtime.device.startswith("cuda") else 0.0,
+            workers,
+            gpus=1 / workers if runtime.device.startswith("cuda") else 0.0,
         )
 
 

@@ -36,7 +36,7 @@ from fedsim.runtime.choose import ON_NODES, Choice
 from fedsim.runtime.engine import Engine
 from fedsim.runtime.grid import LocalGrid
 from fedsim.runtime.remote import RemoteGrid
-from fedsim.runtime.threads import one_thread
+from fedsim.runtime.threads import available_cores, one_thread
 from fedsim.runtime.work import Environment, client_of
 
 OnEvent = Callable[[Event], None]
@@ -193,7 +193,7 @@ class Run:
             )
         )
         self._tell(Notice(self.task.name, str(choice)))
-        workers = self.task.experiment.runtime.workers
+        workers = self.task.experiment.runtime.workers or available_cores()
         self._app.engine = Engine(self.env.model, self.env.data, choice, workers)
         progress = self._restore(snapshot) if snapshot else self._begin()
         try:

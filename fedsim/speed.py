@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from fedsim.federation import Federation
 from fedsim.runner import build_strategy
 from fedsim.runtime.engine import Engine
 from fedsim.runtime.grid import LocalGrid
-from fedsim.runtime.threads import one_thread
+from fedsim.runtime.threads import available_cores, one_thread
 from fedsim.runtime.work import Environment
 
 EXECUTORS = ("serial", "threads", "batched")
@@ -99,12 +98,6 @@ def measure(
             if on_timing is not None:
                 on_timing(timing)
     return _best(experiment, found)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _timings(

@@ -218,8 +218,8 @@ class RuntimeConfig(Section):
 
     name: Literal["local", "ray"] = "local"
     """`local`: in this process; `ray`: Flower's Ray simulation."""
-    workers: int = Field(default=1, ge=1, le=4096)
-    """Clients that work at the same time; results do not depend on it."""
+    workers: int = Field(default=0, ge=0, le=4096)
+    """Threads or processes that work at the same time; 0: one for each core. Changes no result."""
     executor: Literal["auto", "serial", "threads", "batched"] = "auto"
     """One client after another, on threads, or whole cohorts stacked; written into the run."""
     device: str = Field(default="cpu", pattern=r"^(cpu|mps|cuda(:\d{1,3})?)$")
