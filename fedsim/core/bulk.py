@@ -77,6 +77,42 @@ class Broadcast(Sequence[Message]):
         return len(self.nodes)
 
 
+class Rows:
+    """Vectors of several nodes, one in each row.
+
+    Args:
+        vectors: shape [C, size].
+    """
+
+    def __init__(self, vectors: Tensor) -> None:
+        self._vectors = vectors
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the vectors."""
+        return self._vectors.dtype
+
+    def dense(self) -> Tensor:
+        """The vectors, shape [C, size]."""
+        return self._vectors
+
+    def bounds(self) -> Tensor:
+        """For each row a number that no entry exceeds, NaN or infinite if one of them is: [C]."""
+        if not self.dtype.is_floating_point:
+            return torch.zeros(len(self))
+        return torch.linalg.vector_norm(self._vectors, dim=1)
+
+    def mean(self, share: Tensor) -> Tensor:
+        """Sum of the rows times `share` [C], which adds to 1; in memory of its own."""
+        rows = self._vectors
+        if rows.dtype not in (torch.float32, torch.float64):
+            rows = rows.float()
+        return share.to(rows) @ rows
+
+
 @dataclass(frozen=True)
 class Block:
     """Replies of several nodes in columns; row i belongs to ``nodes[i]``.
@@ -84,7 +120,7 @@ class Block:
     Attributes:
         nodes: node ids, int64 [C].
         layouts: layout of each array record, by name.
-        rows: the records' vectors, by name, shape [C, layout.size].
+        rows: the records' vectors, by name.
         metrics: the metrics by name, [C]; whole numbers as int64, others as float64.
         beside: for each row, entries of the record `arrays` that are not in its vector.
         faults: what went wrong on nodes that gave no row, by node.
@@ -93,7 +129,7 @@ class Block:
 
     nodes: NDArray[np.int64]
     layouts: Mapping[str, Layout]
-    rows: Mapping[str, Tensor]
+    rows: Mapping[str, Rows]
     metrics: Mapping[str, NDArray[Any]]
     beside: Sequence[Mapping[str, Tensor]] = ()
     faults: Mapping[int, str] = field(default_factory=dict)
@@ -118,7 +154,7 @@ class Block:
         records: dict[str, Any] = {
             name: FlatRecord(
                 layout,
-                self.rows[name][row],
+                self.rows[name].dense()[row],
                 self.beside[row] if self.beside and name == "arrays" else None,
             )
             for name, layout in self.layouts.items()
@@ -128,11 +164,11 @@ class Block:
 
     def take(self, rows: NDArray[np.int64]) -> Block:
         """Only these rows."""
-        index = torch.from_numpy(rows)
+        index, dense = torch.from_numpy(rows), {n: v.dense() for n, v in self.rows.items()}
         return replace(
             self,
             nodes=self.nodes[rows],
-            rows={n: v[index.to(v.device)] for n, v in self.rows.items()},
+            rows={n: Rows(v[index.to(v.device)]) for n, v in dense.items()},
             metrics={n: v[rows] for n, v in self.metrics.items()},
             beside=[self.beside[i] for i in rows.tolist()] if self.beside else (),
             lasting=True,
@@ -147,11 +183,8 @@ class Block:
         """
         rows = self.rows[name]
         if len(rows) == 1 and self.lasting:
-            return rows[0]
-        if rows.dtype not in (torch.float32, torch.float64):
-            rows = rows.float()
-        share = torch.from_numpy(weights / weights.sum())
-        return share.to(rows) @ rows
+            return rows.dense()[0]
+        return rows.mean(torch.from_numpy(weights / weights.sum()))
 
 
 class Replies(Iterable[Message]):

@@ -131,6 +131,10 @@ class LocalState:
         """
         raise TypeError("a LocalState is made by an executor")
 
+    def move(self, gradient: Gradient, alpha: float) -> None:
+        """``w += alpha * gradient``, which an executor may put off until somebody looks at `w`."""
+        gradient.add_to(self.w, alpha)
+
     def loss_at(self, batch: Batch, at: Tensor) -> Tensor:
         """The program's loss on `batch` at another point, shape [1]; module in evaluation mode.
 
@@ -297,6 +301,6 @@ class LocalProgram:
             s.velocity = v  # type: ignore[attr-defined]
             s.w.add_(v, alpha=-self.lr)
             return
-        gradient.add_to(s.w, -self.lr)
+        s.move(gradient, -self.lr)
         if extra is not None:
             s.w.add_(extra, alpha=-self.lr)

@@ -105,11 +105,19 @@ class Batched:
     def run(self, work: Work, plan: Plan, places: Ints, keep: bool = True) -> Outcomes:
         """Do the work of one block of clients, given by their places, most steps first."""
         program, steps = work.program, plan.steps[places]
-        flat = self._buffer(len(places), keep)
-        s = StackedState(flat, _fill(flat, work, places), program, self.model, self.engine)
+        start = _start(work, places)
+        s = StackedState(
+            start,
+            len(places),
+            lambda: self._buffer(len(places), keep),
+            program,
+            self.model,
+            self.engine,
+            self.engine.thin(int(steps.max(initial=0)) * program.batch_size),
+        )
         s.round = work.round
         s.num_steps, s.num_examples = (
-            torch.from_numpy(n[places, None]).to(flat) for n in (plan.steps, plan.counts)
+            torch.from_numpy(n[places, None]).to(start) for n in (plan.steps, plan.counts)
         )
         _receive(s, work, places)
         program.init(s)
@@ -158,14 +166,11 @@ def minibatches(
             yield n, Batch(Fields(fields, taken, more), epoch, step)
 
 
-def _fill(flat: Tensor, work: Work, places: Ints) -> Tensor:
-    """Write where each client starts into its row; return that, shared if it is the same."""
+def _start(work: Work, places: Ints) -> Tensor:
+    """Where clients start: one vector if it is the same for all, else one for each."""
     if isinstance(work.record, FlatRecord):
-        flat.copy_(work.record.flat)
         return work.record.flat
-    for row, place in zip(flat, places.tolist(), strict=True):
-        row.copy_(work.record[place].flat)
-    return flat.clone()
+    return torch.stack([work.record[place].flat for place in places.tolist()])
 
 
 def _receive(s: StackedState, work: Work, places: Ints) -> None:
@@ -176,7 +181,7 @@ def _receive(s: StackedState, work: Work, places: Ints) -> None:
         sent = [work.received[place] for place in places.tolist()]
         s.received.update({n: torch.stack([v[n] for v in sent]) for n in sent[0]})
     for name in work.program.keeps:
-        kept = torch.zeros_like(s.w)
+        kept = s.start.new_zeros(len(places), s.start.shape[-1])
         for row, client in zip(kept, work.clients[places].tolist(), strict=True):
             own = work.kept.get(client, {})
             if name in own:
@@ -193,7 +198,7 @@ def _outcomes(s: StackedState, clients: Ints, counts: Ints, steps: Ints) -> Outc
     metrics = {"loss": s.mean_losses(), **s.metrics}
     return Outcomes(
         clients,
-        s.flat,
+        s.rows(),
         [],
         rows(s.sent),
         rows(s.kept),

@@ -19,8 +19,9 @@ from fedsim.core.model import FlatModel
 from fedsim.core.program import LocalProgram
 from fedsim.data import FederatedData
 from fedsim.runtime.batched import Batched
+from fedsim.runtime.chain import Chain
 from fedsim.runtime.cohort import Outcomes, Vectors, Work
-from fedsim.runtime.layers import Chain, Functional, Stackable
+from fedsim.runtime.layers import Functional, Stackable
 from fedsim.runtime.serial import Serial
 from fedsim.runtime.threads import Workers
 
@@ -94,7 +95,8 @@ def choose(
         ConfigError: the executor that was asked for cannot run this.
     """
     against = _against_stacking(model, data, program, received or {})
-    size = block_size(model, cohort)
+    chain = Chain.of(model)
+    size = 1 if chain is not None and chain.images else block_size(model, cohort)
     image = any(isinstance(m, nn.Conv2d) for m in model.module.modules())
     apart = "dropout draws from one random stream" if model.stochastic else ""
     if wanted == "serial":
@@ -107,8 +109,9 @@ def choose(
         if apart:
             raise ConfigError(f"runtime.executor = 'threads' is not possible: {apart}")
         return Choice("threads", channels_last=image)
-    if not against and Chain.of(model) is not None:
-        return Choice("batched", "linear layers, stacked programs", size)
+    if not against and chain is not None:
+        kind = "convolutions" if chain.images else "linear layers"
+        return Choice("batched", f"{kind}, differentiated by hand", size)
     if not against and model.layout.size <= FUNCTIONAL and not image:
         return Choice("batched", "a small functional model, stacked programs", size)
     reason = against or ("convolutions" if image else "a large model")

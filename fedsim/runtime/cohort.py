@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsim.core.bulk import Rows
 from fedsim.core.program import LocalProgram
 from fedsim.core.records import FlatRecord
 
@@ -71,7 +72,7 @@ class Outcomes:
 
     Attributes:
         clients: partition numbers, int64 [C].
-        flat: the clients' models as vectors, shape [C, layout.size].
+        rows: the clients' models as vectors.
         beside: entries of the models that are not in the vectors.
         sent: other vectors for the server, by name, shape [C, p].
         kept: vectors to keep on the clients, by name, shape [C, p].
@@ -83,7 +84,7 @@ class Outcomes:
     """
 
     clients: Ints
-    flat: Tensor
+    rows: Rows
     beside: list[dict[str, Tensor]]
     sent: dict[str, Tensor]
     kept: dict[str, Tensor]
@@ -92,11 +93,16 @@ class Outcomes:
     num_steps: Ints
     faults: dict[int, Exception] = field(default_factory=dict)
 
+    @property
+    def flat(self) -> Tensor:
+        """The models as vectors, shape [C, layout.size]."""
+        return self.rows.dense()
+
     @staticmethod
     def failed(client: int, error: Exception) -> Outcomes:
         """No row, and one fault."""
         none = np.empty(0, np.int64)
-        return Outcomes(none, torch.empty(0, 0), [], {}, {}, {}, none, none, {client: error})
+        return Outcomes(none, Rows(torch.empty(0, 0)), [], {}, {}, {}, none, none, {client: error})
 
     @staticmethod
     def join(parts: Sequence[Outcomes]) -> Outcomes:
@@ -111,7 +117,7 @@ class Outcomes:
 
         return Outcomes(
             np.concatenate([p.clients for p in some]),
-            torch.cat([p.flat for p in some]),
+            Rows(torch.cat([p.flat for p in some])),
             [b for p in some for b in p.beside],
             columns("sent"),
             columns("kept"),

@@ -12,7 +12,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 from torch import Tensor
 
-from fedsim.core.bulk import EXAMPLES, Block
+from fedsim.core.bulk import EXAMPLES, Block, Rows
 from fedsim.core.errors import RunError
 from fedsim.core.nodes import node_of
 from fedsim.core.parts import narrowed, part_of, shapes_of
@@ -164,7 +164,7 @@ class Request:
         """
         layout, received = self.env.model.layout, self.content.array_records["arrays"]
         trained, clients = layout.trained, outcomes.clients.tolist()
-        rows, beside = outcomes.flat, outcomes.beside
+        models, beside = outcomes.rows, outcomes.beside
         for name, vectors in outcomes.kept.items():
             for client, vector in zip(clients, vectors, strict=True):
                 own = FlatRecord(trained, vector.clone())
@@ -174,13 +174,15 @@ class Request:
         private = self.program.private(self.env.model.info) - set(part.names)
         if private:
             own_part = layout.restrict(private)
-            flats, besides = _part(rows, beside, layout, own_part)
+            flats, besides = _part(models.dense(), beside, layout, own_part)
             for i, client in enumerate(clients):
                 own = FlatRecord(own_part, flats[i].clone(), besides[i] if besides else None)
                 self.context_of(client, True).state[self._key(PRIVATE)] = own
         if part is not layout:
-            rows, beside = _part(rows, beside, layout, part)
+            rows, beside = _part(models.dense(), beside, layout, part)
+            models = Rows(rows)
         if self.program.replies == "delta":
+            models = Rows(rows := models.dense())
             if self.own is None:
                 rows.sub_(_base(received, layout, part))
             else:
@@ -189,7 +191,7 @@ class Request:
         return Block(
             np.array([node_of(c) for c in clients], np.int64),
             {"arrays": part, **dict.fromkeys(outcomes.sent, trained)},
-            {"arrays": rows, **outcomes.sent},
+            {"arrays": models, **{n: Rows(v) for n, v in outcomes.sent.items()}},
             {EXAMPLES: outcomes.num_examples, "steps": outcomes.num_steps, **outcomes.metrics},
             beside,
             self.faults(outcomes.faults),

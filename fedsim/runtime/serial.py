@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core import rng
+from fedsim.core.bulk import Rows
 from fedsim.core.model import FlatModel
 from fedsim.core.program import Batch, Gradient, LocalState
 from fedsim.core.records import FlatRecord, Layout
@@ -117,7 +118,7 @@ class SerialState(LocalState):
         metrics = {"loss": losses, **{n: float(v) for n, v in self.metrics.items()}}
         return Outcomes(
             np.array([client]),
-            self._flat[None],
+            Rows(self._flat[None]),
             [self.beside] if self.beside else [],
             {n: v[None] for n, v in self.sent.items()},
             {n: v[None] for n, v in self.kept.items()},

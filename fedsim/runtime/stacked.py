@@ -7,14 +7,16 @@ the others keep what they had after their own last step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedsim.core.bulk import Rows
 from fedsim.core.model import FlatModel
 from fedsim.core.program import Batch, Gradient, LocalProgram, LocalState
+from fedsim.runtime.factors import ChainGradient, Factor, Moved, Views
 from fedsim.runtime.layers import Point, Stackable
 
 
@@ -67,26 +69,32 @@ class StackedVectors(MutableMapping[str, Any]):
 class StackedState(LocalState):
     """A `LocalState` for a block of clients; vectors have shape [active clients, p].
 
+    Clients who share their start are first kept as what moved them (`Moved`), where that is thin;
+    their models are written down when somebody looks at them.
+
     Args:
-        flat: the clients' models, shape [C, layout.size]; changed in place.
-        start: what they start from, shape [layout.size] if it is the same for all, or as `flat`.
+        start: what clients start from, shape [layout.size] if it is the same for all, or [C, ...].
+        size: number of clients C.
+        room: gives memory for their models, shape [C, layout.size].
         program: what the clients run.
         model: the model.
         engine: differentiates it at stacked parameters.
+        thin: whether the clients take so few steps that they are kept as what moved them.
     """
-
-    flat: Tensor
 
     def __init__(
         self,
-        flat: Tensor,
         start: Tensor,
+        size: int,
+        room: Callable[[], Tensor],
         program: LocalProgram,
         model: FlatModel,
         engine: Stackable,
+        thin: bool = False,
     ) -> None:
-        prefix = Prefix(len(flat))
-        vars(self).update(prefix=prefix, flat=flat, _own=StackedVectors(prefix))
+        prefix = Prefix(size)
+        vars(self).update(prefix=prefix, _own=StackedVectors(prefix), _flat=None, _begin=start)
+        self._room, self._moves = room, dict[str, list[Factor]]()
         self.received, self.kept, self.sent, self.metrics = (
             StackedVectors(prefix) for _ in range(4)
         )
@@ -95,8 +103,8 @@ class StackedState(LocalState):
         self.start = start[..., : model.layout.num_trainable]
         # While nobody has written to `flat`, all rows are `start`, and products can be shared.
         self._shared = model.layout.views(start) if start.dim() == 1 else None
-        self._version = flat._version
-        self._views, self._active = model.layout.views(flat), 0
+        self._thin = thin and start.dim() == 1
+        self._version = self._active = 0
         self.losses: list[Tensor] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -115,27 +123,62 @@ class StackedState(LocalState):
             own.pop(name, None)
             vars(self)[name] = value
 
-    def _here(self) -> Point:
-        """The active clients' parameters; the same tensors until others are active."""
+    def rows(self) -> Rows:
+        """The clients' models."""
+        if vars(self)["_flat"] is not None or self._shared is None:
+            return Rows(self.flat)
+        return self._moved()
+
+    def _moved(self) -> Moved:
+        moves = [move for each in self._moves.values() for move in each]
+        return Moved(self._model.layout, vars(self)["_begin"], self.prefix.size, moves)
+
+    @property
+    def flat(self) -> Tensor:
+        """The clients' models, written down, shape [C, layout.size]."""
+        flat = vars(self)["_flat"]
+        if flat is None:
+            flat = self._moved().into(self._room())
+            if any(self._moves.values()):
+                self._shared = None
+            vars(self).update(_flat=flat, _version=flat._version)
+        return flat
+
+    def _here(self) -> tuple[Tensor, Views]:
+        """The active clients' trainable parameters, together and by name."""
         active, layout = self.prefix.active, self._model.layout
         if self._active != active:
-            views = {n: v[:active] for n, v in self._views.items()}
-            w = self.flat[:active, : layout.num_trainable]
-            vars(self).update(_active=active, _point=Point(views, w, views))
-        point: Point = vars(self)["_point"]
-        return point
+            part = self.flat[:active]
+            here = part[:, : layout.num_trainable], layout.views(part)
+            vars(self).update(_active=active, _found=here)
+        found: tuple[Tensor, Views] = vars(self)["_found"]
+        return found
 
     @property
     def w(self) -> Tensor:  # type: ignore[override]
-        return self._here().w
+        return self._here()[0]
+
+    def _point(self, at: Tensor | None) -> Point:
+        """Where to differentiate: at the clients' models, or elsewhere."""
+        layout, flat = self._model.layout, vars(self)["_flat"]
+        if at is not None:
+            return Point({n: layout.view(at, n) for n in layout.trainable})
+        if self._shared is not None and (flat is None or flat._version == self._version):
+            return Point(self._shared, self._moves)
+        return Point(self._here()[1])
+
+    def move(self, gradient: Gradient, alpha: float) -> None:
+        """See `LocalState`."""
+        if not isinstance(gradient, ChainGradient):
+            gradient.add_to(self.w, alpha)
+        elif self._thin and vars(self)["_flat"] is None:
+            for factor in gradient.factors(alpha):
+                self._moves.setdefault(factor.weight, []).append(factor)
+        else:
+            gradient.into(self._here()[1], alpha)
 
     def gradient(self, batch: Batch, at: Tensor | None = None, training: bool = True) -> Gradient:
-        point, active, fields = self._here(), self.prefix.active, batch.fields
-        if at is not None:
-            moved = {n: self._model.layout.view(at, n) for n in self._model.layout.trainable}
-            point = point._replace(values={**point.values, **moved})
-        elif self._shared is not None and self.flat._version == self._version:
-            point = point._replace(values=self._shared)
+        point, active, fields = self._point(at), self.prefix.active, batch.fields
         weight = fields.get("weight")
         losses, gradient = self._engine.gradient(
             point,
@@ -149,9 +192,11 @@ class StackedState(LocalState):
 
     def mean_losses(self) -> Tensor:
         """Mean over the gradients taken of the training loss, shape [C]; NaN without any."""
-        if self.losses and all(len(losses) == len(self.flat) for losses in self.losses):
+        size = self.prefix.size
+        if self.losses and all(len(losses) == size for losses in self.losses):
             return torch.stack(self.losses).mean(0)
-        total, count = torch.zeros_like(self.flat[:, 0]), torch.zeros_like(self.flat[:, 0])
+        total = vars(self)["_begin"].new_zeros(size)
+        count = torch.zeros_like(total)
         for losses in self.losses:
             total[: len(losses)] += losses
             count[: len(losses)] += 1
