@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.core.clustering import agreement
 from fedsim.core.nodes import node_of
 from fedsim.core.strategy import Strategy
 from fedsim.data import FederatedData
@@ -33,6 +32,8 @@ def columns(found: list[int | None], data: FederatedData) -> dict[str, Any]:
     labels = [found[c] for c in inside]
     row: dict[str, Any] = {"clusters": len(set(labels))}
     if data.groups is not None:
+        from fedsim.core.clustering import agreement  # SciPy's clustering is slow to import
+
         row["cluster_ari"], row["cluster_nmi"] = agreement(labels, data.groups[inside])
     return row
 
