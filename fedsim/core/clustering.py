@@ -128,13 +128,13 @@ def distances(points: Floats, metric: Metric = "euclidean") -> Floats:
     done, block = 0, max(1, 2**22 // max(count, 1))
     for first in range(0, count, block):  # as matrix products: pdist takes one pair at a time
         rows = points[first : first + block]
-        products = rows @ points.T
+        products = rows @ points[first:].T  # what lies before was done with an earlier block
         for i, row in enumerate(products, first):
-            rest = slice(i + 1, count)
+            rest, there = slice(i + 1, count), slice(i + 1 - first, count - first)
             if metric == "cosine":
-                values = 1.0 - row[rest]
+                values = 1.0 - row[there]
             else:
-                values = squares[i] + squares[rest] - 2.0 * row[rest]
+                values = squares[i] + squares[rest] - 2.0 * row[there]
             out[done : done + count - i - 1] = values
             done += count - i - 1
     np.maximum(out, 0.0, out=out)
