@@ -180,6 +180,9 @@ class Federation:
         config, population = self.experiment.cohort, len(self.trainers)
         wanted = config.size or math.ceil((config.fraction or 1.0) * population)
         asked = math.ceil(wanted * (1 + config.overselect))
+        gather = getattr(self.grid, "gather", None)
+        if gather is not None:  # nodes in other processes come and go
+            gather(self.trainers, self.collector.quorum(min(population, wanted)))
         waited, there = self.fleet.wait(now, self._present(self.trainers), asked)
         chosen = self.strategy.sample(server_round, there)
         if chosen is not None:

@@ -102,7 +102,7 @@ def serve(
         grid: Flower's grid.
         on_event: told of every start, round and end.
         resume: go on from the last checkpoint where there is one.
-        wait: seconds to wait until every client has a node.
+        wait: seconds to wait until every client has a node, and before a round for enough of them.
         grace: seconds within which a node that went away may come back with its message.
         stopped: asked while waiting; if it is true, the run is interrupted.
 
@@ -126,6 +126,7 @@ def serve(
         grace=grace,
         stopped=stopped,
         roll=journal.folder / ROLL,
+        patience=wait,
     )
     remote.wait(wait)
     return Run(task, on_event, remote, env).execute(resume)

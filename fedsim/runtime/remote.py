@@ -18,11 +18,7 @@ from fedsim.runtime import flower
 from fedsim.runtime.envelope import ENROL, ENVELOPE, Enrolment, Envelope
 from fedsim.runtime.grid import LocalGrid
 from fedsim.runtime.roll import Roll
-from fedsim.runtime.traffic import Copies, Sent, Traffic
-
-KEPT = 1000
-"""Messages of earlier exchanges by which late and second replies are recognised."""
-
+from fedsim.runtime.traffic import Copies, Sent, Traffic, remember
 
 LOOK = 2.0
 """Seconds between looks at which nodes are there."""
@@ -46,6 +42,7 @@ class RemoteGrid(Grid):
             more, and the error reply to the first is forgotten. 0: it counts at once.
         stopped: asked while waiting; if it is true, the run is interrupted.
         roll: file of what nodes have said of themselves; None: all are asked.
+        patience: seconds to wait before a round for enough nodes to be connected.
     """
 
     in_order = False
@@ -61,6 +58,7 @@ class RemoteGrid(Grid):
         grace: float = 0.0,
         stopped: Callable[[], bool] = lambda: False,
         roll: Path | None = None,
+        patience: float = 60.0,
     ) -> None:
         self._inner, self.num_nodes, self._run, self._digest = inner, num_clients, run, digest
         self._poll, self._grace, self._stopped = poll, grace, stopped
@@ -73,7 +71,8 @@ class RemoteGrid(Grid):
         self._count, self._round, self._phase = 0, -1, 0
         self._since: dict[int, str] = {}
         self._looked = 0.0
-        self._roll = Roll(roll)
+        self._roll, self._patience = Roll(roll), patience
+        self._missed: set[int] = set()
 
     # -- who is there ------------------------------------------------------------------------
 
@@ -171,6 +170,26 @@ class RemoteGrid(Grid):
         there = set(self._inner.get_node_ids())
         return [node_of(c) for c, node in sorted(self._place.items()) if node in there]
 
+    def gather(self, clients: Iterable[int], least: int) -> None:
+        """Before a round: wait for nodes that went away and may come back.
+
+        For a node at most `grace` seconds, and only once until it has answered again; for enough
+        nodes at most `patience` seconds. Whoever is not there then is not asked.
+
+        Args:
+            clients: node ids, as of `get_node_ids`.
+            least: how many are enough.
+        """
+        wanted, start = set(clients), time.monotonic()
+        while self._grace:
+            there, waited = set(self.get_node_ids()) & wanted, time.monotonic() - start
+            hoped = waited < self._grace and wanted - there - self._missed
+            needed = waited < self._patience and len(there) < least
+            if not hoped and not needed:
+                self._missed |= wanted - there
+                return
+            self._rest(0.5)
+
     # -- messages ----------------------------------------------------------------------------
 
     def send_and_receive(
@@ -217,18 +236,10 @@ class RemoteGrid(Grid):
                 if self._grace and time.monotonic() > self._looked + LOOK:
                     self._recover(traffic)
         finally:  # whoever stops taking replies leaves the rest to come late
+            awaited = [*traffic.open.values(), *(sent for sent, _, _ in traffic.lost.values())]
+            self._missed |= {sent.message.metadata.dst_node_id for sent in awaited}
             for number, sent in traffic.open.items():
-                self._remember(self._late, number, sent)
-
-    @staticmethod
-    def _remember(where: dict[str, Sent], number: str, sent: Sent) -> None:
-        """Keep what is needed to recognise a reply, without the content of its message."""
-        old = sent.message
-        stub = Message(RecordDict(), old.metadata.dst_node_id, old.metadata.message_type)
-        flower.set_message_id(stub, old.metadata.message_id)
-        where[number] = Sent(stub, sent.node)
-        if len(where) > KEPT:
-            del where[next(iter(where))]
+                remember(self._late, number, sent)
 
     def _pull(self, traffic: Traffic) -> None:
         replies = list(self._inner.pull_messages([*traffic.open, *self._late]))
@@ -245,10 +256,11 @@ class RemoteGrid(Grid):
                     traffic.lost[number] = sent, reply, time.monotonic() + self._grace
                     continue
                 free.append(sent.node)
+                self._missed.discard(sent.message.metadata.dst_node_id)
             else:
                 sent = self._late.pop(number, None) or self._answered.get(number)
             if sent is not None:
-                self._remember(self._answered, number, sent)
+                remember(self._answered, number, sent)
                 traffic.ready.append(self._presented(sent, reply))
         self._feed(traffic, free)
         if not replies:
@@ -285,7 +297,7 @@ class RemoteGrid(Grid):
         batch, free = [], []
         for number, sent in list(traffic.open.items()):
             if self._since.get(sent.node, sent.since) != sent.since and not sent.again:
-                self._remember(self._late, number, traffic.open.pop(number))
+                remember(self._late, number, traffic.open.pop(number))
                 batch.append(sent)
         for number, (sent, reply, until) in list(traffic.lost.items()):
             if sent.node in self._since or time.monotonic() > until:
@@ -294,6 +306,7 @@ class RemoteGrid(Grid):
                     batch.append(sent)
                 else:
                     free.append(sent.node)
+                    self._missed.add(sent.message.metadata.dst_node_id)
                     traffic.ready.append(self._presented(sent, reply))
         self._send(traffic, [Sent(s.message, s.node, self._since[s.node], True) for s in batch])
         self._feed(traffic, free)
@@ -336,10 +349,10 @@ class RemoteGrid(Grid):
     def _gone(message: Message, reason: str) -> Message:
         return LocalGrid.failure(message, flower.NODE_UNAVAILABLE, reason)
 
-    def _rest(self) -> None:
+    def _rest(self, seconds: float = 0.0) -> None:
         if self._stopped():
             raise KeyboardInterrupt
-        time.sleep(self._poll)
+        time.sleep(seconds or self._poll)
 
     # -- the rest of Flower's interface ------------------------------------------------------
 

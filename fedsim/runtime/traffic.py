@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, RecordDict
+
+from fedsim.runtime import flower
+
+KEPT = 1000
+"""Messages of earlier exchanges by which late and second replies are recognised."""
 
 
 class Copies(dict[int, tuple[ArrayRecord, ArrayRecord]]):
@@ -48,3 +53,13 @@ class Traffic:
     lost: dict[str, tuple[Sent, Message, float]] = field(default_factory=dict)
     ready: deque[Message] = field(default_factory=deque)
     copies: Copies = field(default_factory=Copies)
+
+
+def remember(where: dict[str, Sent], number: str, sent: Sent) -> None:
+    """Keep what is needed to recognise a reply, without the content of its message."""
+    old = sent.message
+    stub = Message(RecordDict(), old.metadata.dst_node_id, old.metadata.message_type)
+    flower.set_message_id(stub, old.metadata.message_id)
+    where[number] = Sent(stub, sent.node)
+    if len(where) > KEPT:
+        del where[next(iter(where))]
