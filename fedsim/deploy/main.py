@@ -76,11 +76,10 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """``scripts/deploy``: see the options."""
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGHUP, _terminate)
-    given = parser().parse_args(arguments)
     try:
-        sys.exit(_run(given))
+        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGHUP, _terminate)
+        sys.exit(_run(parser().parse_args(arguments)))
     except KeyboardInterrupt as stop:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # it is ending already

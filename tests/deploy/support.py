@@ -36,6 +36,11 @@ def until(true: Callable[[], bool], seconds: float = 15.0) -> bool:
     return True
 
 
+def attentive() -> None:
+    """To be run in a new process: Ctrl-C reaches it, also if we were started to ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def processes() -> Iterator[tuple[int, Path]]:
     """All that have not ended."""
     for place in Path("/proc").glob("[0-9]*"):

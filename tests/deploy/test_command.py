@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import signal
 import socket
 import subprocess
@@ -23,7 +22,7 @@ from fedsim.deploy.cli import _device
 from fedsim.deploy.keys import device_key
 from fedsim.deploy.loopback import Deployment
 from fedsim.deploy.main import main
-from tests.deploy.support import ROOT, task_of, toy
+from tests.deploy.support import ROOT, attentive, task_of, toy, until
 
 
 @pytest.fixture(autouse=True)
@@ -175,13 +174,21 @@ def test_where_a_device_belongs(
     assert _device(None, None, None, (0, 9094)) is None
 
 
-def test_ctrl_c_from_the_first_moment(tmp_path: Path) -> None:
-    """While heavy libraries are imported, too."""
-    for pause in (0.3, 1.0):
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("SigCgt:"):
+            return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
+def test_ctrl_c_while_libraries_are_imported(tmp_path: Path) -> None:
+    for pause in (0.0, 1.0):
         process = subprocess.Popen(
             [sys.executable, "-m", "fedsim.deploy.main", "--folder", str(tmp_path)],
-            cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ},
+            cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=attentive,
         )  # fmt: skip
+        assert until(lambda p=process: catches(p.pid, signal.SIGHUP))
         time.sleep(pause)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=30)

@@ -8,17 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
 from fedsim.core.errors import ConfigError, RunError
-from fedsim.deploy import device, fleet, guard
+from fedsim.deploy import device, fleet
 from fedsim.deploy.device import Device
 from fedsim.deploy.keys import device_key
 from fedsim.deploy.processes import Group
+from tests.deploy.support import alive, attentive, until
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,26 +29,6 @@ if len(sys.argv) > 1:  # a grandchild, in a session of its own, that nobody wait
     subprocess.Popen([sys.executable, __file__], start_new_session=True)
 time.sleep(600)
 """
-
-
-def until(true: Callable[[], bool], seconds: float = 15.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def alive(mark: str) -> list[int]:
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark in (place / "cmdline").read_text() and not guard.is_gone(int(place.name)):
-                found.append(int(place.name))
-        except OSError:
-            continue
-    return found
 
 
 def stage(tmp_path: Path, ending: str) -> subprocess.Popen[bytes]:
@@ -69,7 +49,9 @@ def stage(tmp_path: Path, ending: str) -> subprocess.Popen[bytes]:
             {ending}
         """)
     )
-    process = subprocess.Popen([sys.executable, str(main)], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, str(main)], stdout=subprocess.PIPE, preexec_fn=attentive
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == b"up\n"
     assert until(lambda: len(alive(str(tmp_path / "stubborn.py"))) == 4)
