@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,10 @@ from fedsim.results.blocks import Picture
 
 NAMED = 60
 """Most clients whose numbers are written under a tree."""
+LEAST = 0.04
+"""Share of the clients that a cluster needs for its number to be written beside it."""
+WRITTEN = 12
+"""Most labels, and clusters, for which shares are written as numbers."""
 Ints = NDArray[np.int64]
 
 
@@ -35,15 +39,18 @@ def over_time(label: str, rounds: Ints, clients: Ints, clusters: Ints) -> Pictur
     alt = f"Clusters of {len(order)} clients over the rounds of {label}: {len(names)} clusters."
     with style.drawing():
         figure, axes = style.canvas(right=24)
-        for name in names:
-            inside = clusters == name
-            axes.hlines(
-                [place[int(c)] for c in clients[inside]],
-                rounds[inside] - 0.45,
-                rounds[inside] + 0.45,
-                color=style.colour(names.index(name)),
-                linewidth=max(0.6, 230.0 / len(order)),
-            )
+        for server_round in columns:
+            now = rounds == server_round
+            spots = {
+                place[int(c)]: int(k) for c, k in zip(clients[now], clusters[now], strict=True)
+            }
+            for first, length, name in _runs(spots):
+                fill = style.colour(names.index(name))
+                axes.add_patch(_box(server_round - 0.45, first - 0.5, 0.9, length, fill))
+        for first, length, name in _runs({place[c]: k for c, k in last.items()}):
+            if length >= LEAST * len(order):
+                spot = (columns[-1] + 0.55, first + length / 2 - 0.5)
+                axes.annotate(str(name), spot, va="center", fontsize=10, annotation_clip=False)
         axes.set_ylim(len(order) - 0.5, -0.5)
         axes.set_xlim(columns[0] - 0.6, columns[-1] + 0.6)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -52,7 +59,10 @@ def over_time(label: str, rounds: Ints, clients: Ints, clusters: Ints) -> Pictur
         style.title(axes, "clients, sorted by their last cluster")
         axes.set_xlabel("round")
         picture = style.svg(figure, alt)
-    caption = f"{label}, first seed: a colour for each cluster; blank where a client took no part."
+    caption = (
+        f"{label}, first seed: a colour for each cluster, the last ones' numbers at the right; "
+        "blank where a client took no part."
+    )
     return Picture(f"clusters-{slug(label)}", picture, alt, caption)
 
 
@@ -104,26 +114,42 @@ def labels(label: str, clusters: Sequence[int | None], counts: Sequence[Sequence
     with style.drawing():
         figure, axes = style.canvas(right=24)
         top = max(float(share.max()), 1e-9)
+        few = max(share.shape) <= WRITTEN
         for row, column in np.ndindex(*share.shape):
-            axes.add_patch(_square(column, row, float(share[row, column]) / top, style.colour(0)))
+            value = float(share[row, column])
+            shade = 0.75 * value / top  # so that numbers can be read on it
+            axes.add_patch(_box(column - 0.48, row - 0.46, 0.96, 0.92, style.colour(0), shade))
+            if few and value:
+                text = f"{100 * value:.0f}"
+                axes.text(column, row, text, ha="center", va="center", fontsize=9.5)
         axes.set_xlim(-0.5, table.shape[1] - 0.5)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xticks(range(table.shape[1]))
         axes.set_yticks(range(len(names)))
         axes.set_yticklabels([str(n) for n in names], fontsize=9 if len(names) < 20 else 6)
         axes.grid(visible=False)
-        style.title(axes, "cluster")
+        style.title(axes, "cluster; numbers are per cent of its examples" if few else "cluster")
         axes.set_xlabel("label")
         picture = style.svg(figure, alt)
-    caption = f"{label}, first seed: the larger a square, the more of a cluster's examples."
+    caption = f"{label}, first seed: the darker a cell, the more of a cluster's examples."
     return Picture(f"labels-{slug(label)}", picture, alt, caption)
 
 
-def _square(x: float, y: float, share: float, colour: str) -> Any:
+def _runs(names: Mapping[int, int]) -> Iterator[tuple[int, int, int]]:
+    """First place, number of places and name of every stretch of places with one name."""
+    places = sorted(names)
+    first = 0
+    for i in range(1, len(places) + 1):
+        ends = i == len(places) or places[i] != places[i - 1] + 1
+        if ends or names[places[i]] != names[places[first]]:
+            yield places[first], i - first, names[places[first]]
+            first = i
+
+
+def _box(x: float, y: float, width: float, height: float, colour: str, shade: float = 1.0) -> Any:
     from matplotlib.patches import Rectangle
 
-    side = 0.9 * float(np.sqrt(share))
-    return Rectangle((x - side / 2, y - side / 2), side, side, facecolor=colour, linewidth=0)
+    return Rectangle((x, y), width, height, facecolor=colour, alpha=shade, linewidth=0)
 
 
 def gains(label: str, base: str, colour: int, values: NDArray[np.float64]) -> Picture:
@@ -140,7 +166,8 @@ def gains(label: str, base: str, colour: int, values: NDArray[np.float64]) -> Pi
     alt = f"Gain of {len(ordered)} clients with {label} over {base}: {won} gain, {lost} lose."
     with style.drawing():
         figure, axes = style.canvas(height=240, right=24)
-        axes.bar(range(len(ordered)), ordered, width=0.8, color=style.colour(colour), linewidth=0)
+        wide = 0.8 if len(ordered) <= 100 else 1.0  # many narrow gaps shimmer
+        axes.bar(range(len(ordered)), ordered, width=wide, color=style.colour(colour), linewidth=0)
         axes.axhline(0, color=style.MUTED[0], linewidth=1)
         axes.grid(axis="x", visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
