@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedsim.core import rng, topology
+from fedsim.core import gossip, rng, topology
 from fedsim.core.averaging import MetricMean, examples_of, metrics_of
 from fedsim.core.errors import ConfigError
 from fedsim.core.nodes import node_of
@@ -44,6 +44,8 @@ class DFedAvg(Strategy):
         gossip_steps: Q.
         degree: neighbours that each node of the random topology draws.
         edges: an undirected graph of your own as pairs of client numbers, instead of `topology`.
+        cuts: rounds in which the network falls apart, and heals: ``[[5, 10, 2]]`` leaves only edges
+            within each half of the nodes in rounds 5 to 10.
 
     Raises:
         ConfigError: a parameter is out of its range.
@@ -57,6 +59,7 @@ class DFedAvg(Strategy):
         gossip_steps: int = 1,
         degree: int = 10,
         edges: list[list[int]] | None = None,
+        cuts: list[list[int]] | None = None,
     ) -> None:
         if topology not in TOPOLOGIES:
             raise ConfigError(f"topology = {topology!r} must be one of {', '.join(TOPOLOGIES)}")
@@ -66,9 +69,15 @@ class DFedAvg(Strategy):
         if edges is not None and not all(len(e) == 2 for e in edges):
             raise ConfigError("edges must be pairs of client numbers, such as [[0, 1], [1, 2]]")
         self.topology, self.gossip_steps, self.degree = topology, gossip_steps, degree
-        self.edges = edges
+        for cut in cuts or []:
+            if len(cut) != 3 or not 1 <= cut[0] <= cut[1] or cut[2] < 2:
+                raise ConfigError(
+                    f"cuts = {cuts} must be [first round, last round, parts], parts 2 or more"
+                )
+        self.edges, self.cuts = edges, cuts or []
         self.ids: list[int] = []
         self.nodes = torch.empty(0, 0)
+        self.last: dict[str, Any] = {}
 
     def start_arrays(self, arrays: ArrayRecord) -> ArrayRecord:
         """Every node starts from the same model."""
@@ -105,41 +114,57 @@ class DFedAvg(Strategy):
             stream = rng.stream(self.seed, server_round, rng.SERVER, "topology")
             graph = topology.random(m, self.degree, stream)
         elif self.topology == "directed_exponential":
-            if len(active) == m:
+            if len(active) == m and not self.parts(server_round):
                 return topology.directed_exponential(m)
             graph = topology.exponential(m)
         else:
             graph = topology.FIXED[self.topology](m)
+        if parts := self.parts(server_round):
+            part = np.arange(m) * parts // m
+            graph = graph & (part[:, None] == part[None, :])
         return topology.metropolis(topology.among(graph, active))
+
+    def parts(self, server_round: int) -> int:
+        """Into how many parts the network falls in this round; 0: it is whole."""
+        return next((n for first, last, n in self.cuts if first <= server_round <= last), 0)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
         """Mix the nodes' models; the averaged model is what the round loop holds."""
         like = as_flat(self.arrays)
         trained, metrics, active = self.nodes.clone(), MetricMean(), []
-        beside = dict(like.beside)
+        beside: dict[str, Tensor] = {}
         for reply in replies:
             if reply.has_error():
                 continue
             row = self.ids.index(reply.metadata.src_node_id)
             record = as_flat(reply.content.array_records["arrays"], like.layout)
             trained[row] = record.flat
-            beside |= {n: torch.maximum(beside[n], t) for n, t in record.beside.items()}
+            beside |= {n: torch.maximum(beside.get(n, t), t) for n, t in record.beside.items()}
             metrics.add(metrics_of(reply.content), examples_of(reply.content))
             active.append(row)
         if not active:
             return None, None
         weights = self.weights(server_round, active)
-        self.nodes = mix(trained, weights, self.gossip_steps)
+        self.last = {"trained": trained, "weights": weights, "active": active}
+        self.nodes = self.mixed(trained, weights)
         average = self.nodes.double().mean(0).to(self.nodes.dtype)
         links = int((weights > 0).sum()) - len(weights)
         model = like.with_flat(average, beside)
         figures = {
-            "consensus_before": consensus(trained),
-            "consensus": consensus(self.nodes),
+            "consensus_before": gossip.consensus(trained),
+            "consensus": gossip.consensus(self.nodes),
             "spectral_gap": 1.0 - topology.second_eigenvalue(weights),
-            "peer_bytes": self.gossip_steps * links * count_bytes(RecordDict({"arrays": model})),
+            "peer_bytes": self.gossip_steps * links * self.model_bytes(model),
         }
         return model, MetricRecord({**metrics.record(), **figures})
+
+    def mixed(self, trained: Tensor, weights: topology.Weights) -> Tensor:
+        """The nodes' models after the round's gossip."""
+        return gossip.mix(trained, weights, self.gossip_steps)
+
+    def model_bytes(self, model: ArrayRecord) -> int:
+        """Bytes of a model that one node sends to another."""
+        return count_bytes(RecordDict({"arrays": model}))
 
     def models(self, arrays: ArrayRecord) -> dict[str, Served]:
         """One model a node, for that node."""
@@ -152,6 +177,21 @@ class DFedAvg(Strategy):
     def also_evaluated(self, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
         """The averaged model."""
         return {"averaged": arrays}
+
+    def artefacts(self) -> dict[str, Any]:
+        """The round's graph: for each node those it heard, for the report's picture."""
+        if not self.ids:
+            return {}
+        rounds = self.setting.rounds if hasattr(self, "setting") else 1
+        self.seed = getattr(self, "seed", 0)
+        weights = self.weights(rounds, range(len(self.ids)))
+        edges = [[i, j] for i, j in np.argwhere(weights > 0).tolist() if i < j or not weights[j, i]]
+        return {"topology": {"nodes": len(self.ids), "edges": edges, "name": self.name}}
+
+    @property
+    def name(self) -> str:
+        """Name of the topology."""
+        return "edges" if self.edges is not None else self.topology
 
     def state_dict(self) -> dict[str, Any]:
         """The nodes' models, and which row is whose."""
@@ -195,21 +235,3 @@ class DPSGD(DFedAvg):
     def client_config(self) -> dict[str, Any]:
         """One step a round."""
         return {"max_steps": 1}
-
-
-def mix(models: Tensor, weights: np.ndarray, steps: int = 1) -> Tensor:
-    """``W^steps X``: gossip of all nodes at once, in float64, rounded once.
-
-    Args:
-        models: X, one node a row, shape [m, d].
-        weights: W, shape [m, m].
-        steps: gossip steps.
-    """
-    power = torch.from_numpy(np.linalg.matrix_power(weights, steps))
-    return (power.to(models.device) @ models.double()).to(models.dtype)
-
-
-def consensus(models: Tensor) -> float:
-    """Mean squared distance of the rows to their mean: ``(1/m) ||X - J X||_F^2``."""
-    values = models.double()
-    return float((values - values.mean(0)).square().sum(1).mean())

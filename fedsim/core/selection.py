@@ -6,6 +6,7 @@ work on logits and features that were computed before; nothing here sees labels 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -145,14 +146,14 @@ def logo(
         stream: seeds k-means.
     """
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
     features, logits = local
     embedding = (_pull(logits)[:, :, None] * features.double()[:, None, :]).flatten(1).numpy()
     means = KMeans(count, n_init=1, random_state=int(stream.integers(2**31)))
-    different = len(np.unique(embedding, axis=0))
-    if different < count:  # fewer points than clusters: k-means would only warn
-        means.set_params(n_clusters=different)
-    found = means.fit(embedding).labels_
+    with warnings.catch_warnings():  # clusters that stay empty are made up for below
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = means.fit(embedding).labels_
     unclear = entropy(shared).numpy()
     order = np.lexsort((np.arange(len(found)), -unclear))
     turn = np.empty(len(found), np.int64)  # the how manieth of its cluster it is

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedsim.core import rng, topology
 from fedsim.core.errors import ConfigError
-from strategies.dfedavg import consensus, mix
+from fedsim.core.gossip import consensus, mix
 
 FIXED = sorted(topology.FIXED)
 SIZES = [1, 2, 3, 4, 5, 8, 12, 17, 33, 64, 100]

@@ -45,7 +45,12 @@ def experiment(strategy: dict[str, Any], **sections: Any) -> Experiment:
     return Experiment.model_validate(
         {
             "experiment": {"name": "kill", "rounds": 4, "seeds": [3]},
-            "data": {"dataset": "digits", "clients": 9, "central_test_fraction": 0.6},
+            "data": {
+                "dataset": "digits",
+                "clients": 9,
+                "central_test_fraction": 0.6,
+                "public": 20,
+            },
             "model": "logistic",
             "cohort": {"size": 7},
             "train": {"max_steps": 3},
