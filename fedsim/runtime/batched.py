@@ -195,7 +195,7 @@ def _outcomes(s: StackedState, clients: Ints, counts: Ints, steps: Ints) -> Outc
     def rows(vectors: Any) -> dict[str, Tensor]:
         return {n: v.expand(size, v.shape[-1]) for n, v in vectors.items()}
 
-    metrics = {"loss": s.mean_losses(), **s.metrics}
+    metrics = {**({"loss": s.mean_losses()} if s.losses else {}), **s.metrics}
     return Outcomes(
         clients,
         s.rows(),

@@ -77,7 +77,7 @@ class Outcomes:
         sent: other vectors for the server, by name, shape [C, p].
         kept: vectors to keep on the clients, by name, shape [C, p].
         metrics: numbers for the server, by name, float64 [C]; `loss` is the mean training loss
-            over the steps.
+            over the steps, and missing where no gradient was taken.
         num_examples: training examples of each client, int64 [C].
         num_steps: local steps done, int64 [C].
         faults: what a client's program raised; these clients have no row.

@@ -114,8 +114,8 @@ class SerialState(LocalState):
 
     def outcomes(self, client: int) -> Outcomes:
         """What the client's work gave."""
-        losses = torch.stack(self.losses).mean().item() if self.losses else float("nan")
-        metrics = {"loss": losses, **{n: float(v) for n, v in self.metrics.items()}}
+        losses = {"loss": torch.stack(self.losses).mean().item()} if self.losses else {}
+        metrics = {**losses, **{n: float(v) for n, v in self.metrics.items()}}
         return Outcomes(
             np.array([client]),
             Rows(self._flat[None]),

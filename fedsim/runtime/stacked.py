@@ -191,9 +191,9 @@ class StackedState(LocalState):
         return gradient
 
     def mean_losses(self) -> Tensor:
-        """Mean over the gradients taken of the training loss, shape [C]; NaN without any."""
+        """Mean over the gradients taken of the training loss, shape [C]."""
         size = self.prefix.size
-        if self.losses and all(len(losses) == size for losses in self.losses):
+        if all(len(losses) == size for losses in self.losses):
             return torch.stack(self.losses).mean(0)
         total = vars(self)["_begin"].new_zeros(size)
         count = torch.zeros_like(total)

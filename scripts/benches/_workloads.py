@@ -215,6 +215,8 @@ def fedsim(workload: Workload, executor: str, workers: int) -> Callable[[], None
 
     def one_round() -> None:
         federation.advance(progress)
+        if progress.rounds[-1]["admitted"] != workload.cohort:
+            raise RuntimeError(f"a round was not whole: {progress.rounds[-1]}")
         progress.clients.clear()
 
     return one_round

@@ -181,3 +181,17 @@ def test_convolutions_are_run_one_client_a_block() -> None:
     assert (choice.executor, choice.block_size) == ("batched", 1)
     choice = choose(mlp(), data((5, 10), [9, 4, 6]), LocalProgram(batch_size=4), 100)
     assert (choice.executor, choice.block_size) == ("batched", 25)
+
+
+class Scales(LocalProgram):
+    """Takes no gradient."""
+
+    def step(self, s: LocalState, batch: Any) -> None:
+        s.w.mul_(0.5)
+
+
+def test_without_gradients_there_is_no_loss_and_no_refusal() -> None:
+    flat, given_data = mlp(), data((5, 10), [2, 2])
+    alone, block = both(flat, given_data, Scales(batch_size=2), 2)
+    assert "loss" not in block.metrics
+    assert torch.equal(ordered(block), alone)
