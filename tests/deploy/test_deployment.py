@@ -1,129 +1,283 @@
-"""The toy on real processes: SuperLink, door, three devices with keys, over TLS on loopback."""
+"""The same experiment on real processes: SuperLink, door, devices with keys, TLS on loopback."""
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import signal
 import ssl
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedsim import api
-from fedsim.app_config import JSON, OUT, SEED, STRATEGY, WAIT
-from fedsim.config import Experiment, load_experiment
+from fedsim.config import Experiment
 from fedsim.deploy.device import Device
-from fedsim.deploy.keys import device_key
+from fedsim.deploy.keys import certificates, device_key
 from fedsim.deploy.loopback import Deployment, free_port
-from fedsim.deploy.processes import Group
-from tests.deploy.test_processes import alive, until
+from fedsim.deploy.processes import Group, command
+from fedsim.deploy.session import conduct
+from tests.deploy.support import (
+    ROOT,
+    Background,
+    Edge,
+    alive,
+    attentive,
+    belonging,
+    digest,
+    federation,
+    reached,
+    rows,
+    task_of,
+    toy,
+    until,
+)
 
-ROOT = Path(__file__).parents[2]
-TOY = ROOT / "experiments" / "toy.toml"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-
-def toy(*overrides: str) -> Experiment:
-    return load_experiment(TOY, overrides)
-
-
-def digest(folder: Path) -> dict[str, str]:
-    names = ("model.safetensors", "rounds.parquet", "clients.parquet")
-    return {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names}
+SHAPES: dict[str, dict[str, Any]] = {
+    "one model a cluster": {"name": "fedap", "warmup_rounds": 1, "cut": "k", "k": 2},
+    "seeds and scalars": {"name": "fedkseed", "pool": 4096, "steps": 200, "lr": 1e-3},
+    "adapters": {"name": "fedit"},
+    "one model a node": {"name": "dfedsam", "rho": 0.05},
+}
+CUT_OFF = 25.0
+DOWN, UP = 16 + 4 * 4096, 20 + 6 * 200
+"""Bytes of FedKSeed's messages for K = 4096 and 200 steps: header, accumulators; header, pairs."""
 
 
 @pytest.fixture(scope="module")
-def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    made = Deployment(tmp_path_factory.mktemp("deployment"))
-    try:
-        made.start()
-        folders = [made.device(i, 3) for i in range(3)]
-        made.register([f / "key.pub" for f in folders])
-        for folder in folders:
-            made.join(folder)
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Deployment, list[Edge]]]:
+    with federation(tmp_path_factory.mktemp("deployment"), 3) as made:
         yield made
-    finally:
-        made.close()
-        assert not alive(str(made.folder)), "something was left over"
 
 
-def run(deployment: Deployment, experiment: Experiment, out: Path, wait: float = 120.0) -> int:
-    return deployment.run(
+def shape(strategy: dict[str, Any]) -> Experiment:
+    """Three rounds with a strategy of some shape."""
+    model: Any = {"name": "mlp", "hidden": [16]}
+    if strategy["name"] == "fedit":
+        model = {"name": "lora", "base": "mlp", "rank": 4}
+    return Experiment.model_validate(
         {
-            JSON: experiment.model_dump_json(),
-            STRATEGY: "scaffold",
-            SEED: 0,
-            OUT: str(out),
-            WAIT: wait,
+            "experiment": {"name": "shape", "rounds": 3, "seeds": [0]},
+            "data": {"dataset": "digits", "clients": 3, "central_test_fraction": 0.5},
+            "model": model,
+            "train": {"max_steps": 4},
+            "runtime": {"executor": "serial"},
+            "strategy": [strategy],
         }
     )
 
 
-def test_same_bits_as_locally(deployment: Deployment, tmp_path: Path) -> None:
-    assert run(deployment, toy(), tmp_path / "deployed") == 0
-    api.run(toy(), strategy="scaffold", out=tmp_path / "local")
-    assert digest(tmp_path / "deployed") == digest(tmp_path / "local")
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_has_the_bits_it_has_here(name: str, running: Any, tmp_path: Path) -> None:
+    deployment, _ = running
+    task = task_of(shape(SHAPES[name]), tmp_path / "deployed", SHAPES[name]["name"])
+    conduct(deployment, task)
+    api.execute(replace(task, path=tmp_path / "local"))
+    assert digest(task.path) == digest(tmp_path / "local")
+    if name == "seeds and scalars":
+        trained = [r for r in rows(task.path) if r["status"] == "ok"]
+        assert len(trained) == 9
+        for row in trained:  # beside the packet: its name and numpy's head, settings, metrics
+            print(f"round {row['round']}: {row['bytes_down']} B down, {row['bytes_up']} B up")
+            assert DOWN <= row["bytes_down"] - 134 < DOWN + 400
+            assert UP <= row["bytes_up"] - 134 < UP + 400
 
 
-def test_a_device_killed_in_a_round(deployment: Deployment, tmp_path: Path) -> None:
-    """It is back within 10 s with its state, and the run ends in the same bits."""
-    out, folder = tmp_path / "killed", deployment.folder / "device-1"
-    experiment = toy("experiment.rounds=4")
-    thread = threading.Thread(target=run, args=(deployment, experiment, out))
-    thread.start()
-    assert until(lambda: bool([*out.glob("checkpoints/round-00000001-*")]), 120)
-    log = deployment.group.logs / "superlink.log"
-    before = log.read_text(errors="replace").count("Activated node_id")
-    for pid in alive(f"{folder}/key"):
-        os.kill(pid, signal.SIGKILL)
-    killed = time.monotonic()
-    assert until(lambda: log.read_text(errors="replace").count("Activated node_id") > before, 20), (
-        "it is not back"
+def test_a_device_that_hangs_costs_the_cut_off(running: Any, tmp_path: Path) -> None:
+    """It is late in its round, what it says afterwards is of a stale round, and it goes on."""
+    deployment, edges = running
+    run = Background(
+        deployment,
+        task_of(toy("experiment.rounds=4", f"cohort.timeout={CUT_OFF}"), tmp_path / "run"),
     )
-    back = time.monotonic() - killed
-    thread.join(300)
-    api.run(experiment, strategy="scaffold", out=tmp_path / "local")
-    assert digest(out) == digest(tmp_path / "local")
-    assert back < 10, f"it was back after {back:.1f} s"
+    assert until(lambda: reached(tmp_path / "run", 1), 200)
+    before = edges[2].tasks()
+    assert until(lambda: edges[2].tasks() > before, 100)
+    edges[2].signal(signal.SIGSTOP)
+    assert until(lambda: reached(tmp_path / "run", 2), 100)
+    edges[2].signal(signal.SIGCONT)
+    out = run.finish()
+    said = {(r["round"], r["client"]): (r["status"], r["reason"] or "") for r in rows(out)}
+    assert said[2, 2][0] == "late"
+    assert any("stale_round" in reason for (_, client), (_, reason) in said.items() if client == 2)
+    assert said[4, 2][0] == "ok"
+    assert all(said[n, c][0] == "ok" for n in range(1, 5) for c in range(2))
+    took = {r["round"]: r["wall_seconds"] for r in rows(out, "timings")}
+    print("rounds took", {n: round(s, 1) for n, s in took.items()})
+    assert took[2] < CUT_OFF + 5
 
 
-def test_strangers_are_refused(deployment: Deployment, tmp_path: Path) -> None:
-    """Neither the control path, nor the fleet's without a registered key."""
-    trust = ssl.create_default_context(cafile=deployment.certificates.authority)
-    for path, refused in [
-        ("/v1/control/list-runs", {403}),
-        ("/v1/fleet/pull-messages", {400, 401}),
-    ]:
-        link = http.client.HTTPSConnection(*deployment.door, context=trust, timeout=10)
-        link.request("POST", path, b"", {"content-type": "application/protobuf"})
-        assert link.getresponse().status in refused
-    stranger = tmp_path / "stranger"
-    known = Device.load(deployment.folder / "device-1")
-    replace(known, port=free_port()).save(stranger)
-    device_key(stranger / "key")
+def test_a_device_that_dies_costs_the_cut_off(running: Any, tmp_path: Path) -> None:
+    """It stays away for two rounds; the others go on, and it is asked again when it is back."""
+    deployment, edges = running
+    run = Background(
+        deployment,
+        task_of(toy("experiment.rounds=5", f"cohort.timeout={CUT_OFF}"), tmp_path / "run"),
+    )
+    assert until(lambda: reached(tmp_path / "run", 1), 200)
+    before = edges[1].tasks()
+    assert until(lambda: edges[1].tasks() > before, 100)
+    edges[1].cut()
+    assert until(lambda: reached(tmp_path / "run", 3), 200)
+    edges[1].start()
+    out = run.finish()
+    said = {(r["round"], r["client"]): r["status"] for r in rows(out)}
+    assert said[2, 1] in ("late", "error")
+    assert said[5, 1] == "ok"
+    assert [r["abandoned"] for r in rows(out, "rounds")] == [False] * 6
+    took = {r["round"]: r["wall_seconds"] for r in rows(out, "timings")}
+    print("rounds took", {n: round(s, 1) for n, s in took.items()})
+    assert took[2] < CUT_OFF + 5
+
+
+def test_the_goal_ends_the_round(running: Any, tmp_path: Path) -> None:
+    """Two of three are enough: a device that hangs costs nothing."""
+    deployment, edges = running
+    wanted = ["cohort.size=2", "cohort.overselect=0.5", "cohort.timeout=300"]
+    run = Background(deployment, task_of(toy("experiment.rounds=2", *wanted), tmp_path / "run"))
+    assert until(lambda: reached(tmp_path / "run", 0), 200)
+    before = edges[0].tasks()
+    assert until(lambda: edges[0].tasks() > before, 100)
+    edges[0].signal(signal.SIGSTOP)
+    assert until(lambda: reached(tmp_path / "run", 1), 60), "the round waits for everybody"
+    edges[0].signal(signal.SIGCONT)
+    out = run.finish()
+    [first] = [r for r in rows(out, "rounds") if r["round"] == 1]
+    assert (first["sampled"], first["admitted"], first["abandoned"]) == (3, 2, False)
+    took = {r["round"]: r["wall_seconds"] for r in rows(out, "timings")}
+    print("rounds took", {n: round(s, 1) for n, s in took.items()})
+
+
+def test_planted_patience_is_found(running: Any, tmp_path: Path) -> None:
+    """With neither cut-off nor goal a device that hangs holds up everybody."""
+    deployment, edges = running
+    run = Background(deployment, task_of(toy("experiment.rounds=1"), tmp_path / "run"))
+    assert until(lambda: reached(tmp_path / "run", 0), 200)
+    before = edges[0].tasks()
+    assert until(lambda: edges[0].tasks() > before, 100)
+    edges[0].signal(signal.SIGSTOP)
+    assert not until(lambda: reached(tmp_path / "run", 1), CUT_OFF + 5)
+    edges[0].signal(signal.SIGCONT)
+    run.finish()
+
+
+# ------------------------------------------------------------------------------------- access
+
+
+def ask(deployment: Deployment, path: str, port: int = 0, authority: Path | None = None) -> int:
+    trust = ssl.create_default_context(cafile=authority or deployment.certificates.authority)
+    host, door = deployment.door
+    link = http.client.HTTPSConnection(host, port or door, context=trust, timeout=10)
+    link.request("POST", path, b"", {"content-type": "application/protobuf"})
+    return link.getresponse().status
+
+
+def supernode(tmp_path: Path, device: Device, key: Path | None = None) -> str:
+    """What a SuperNode says that must not get in."""
+    folder = tmp_path / "stranger"
+    device.save(folder)
+    if key is None:
+        device_key(folder / "key")
+    else:
+        (folder / "key").write_bytes(key.read_bytes())
     with Group(tmp_path) as group:
-        node = group.start("stranger", Device.load(stranger).arguments(stranger))
-        assert node.wait(timeout=60)
-    log = (tmp_path / "stranger.log").read_text()
-    assert "All SuperNodes must be registered" in log or "activat" in log.lower()
-    assert "SuperNode ID" not in log
+        home = {"FLWR_HOME": str(folder / "flwr")}
+        node = group.start("stranger", device.arguments(folder), env=home)
+        ended = until(lambda: node.poll() is not None, 45)
+        said = (tmp_path / "stranger.log").read_text()
+    assert "SuperNode ID" not in said
+    return said if ended else "it keeps trying"
 
 
-def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedsim.deploy.loopback", "--folder", str(tmp_path / "d")],
-        cwd=ROOT,
-        start_new_session=True,
+def test_only_the_fleets_path_is_open(running: Any, tmp_path: Path) -> None:
+    deployment, _ = running
+    for path in ("/v1/control/list-runs", "/v1/control/start-run", "/v1/runtime/pull-task-input"):
+        assert ask(deployment, path) == 403
+    # Planted: whoever is let past the door, or reaches the SuperLink's own port, is not refused.
+    assert ask(deployment, "/v1/control/list-runs", deployment.control) != 403
+    assert ask(deployment, "/v1/fleet/pull-messages") in (400, 401)
+    with pytest.raises(ssl.SSLError):
+        ask(deployment, "/", authority=certificates(tmp_path / "other").authority)
+
+
+def test_the_superlink_is_on_the_loopback_address_only(running: Any) -> None:
+    deployment, _ = running
+    port = f":{deployment.control:04X}"
+    heard = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            local, state = line.split()[1], line.split()[3]
+            if local.endswith(port) and state == "0A":
+                heard.append(local.split(":")[0])
+    assert heard == ["0100007F"]
+
+
+def test_strangers_are_refused(running: Any, tmp_path: Path) -> None:
+    """A key that nobody has registered; a server that another authority vouches for."""
+    _, edges = running
+    known = Device.load(edges[1].folder)
+    assert "must be registered" in supernode(tmp_path / "a", replace(known, port=free_port()))
+    other = certificates(tmp_path / "other").authority
+    said = supernode(
+        tmp_path / "b",
+        replace(known, port=free_port(), authority=str(other)),
+        edges[1].folder / "key",
     )
-    assert until(lambda: (tmp_path / "d" / "device-2" / "supernode.log").exists(), 120)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 130
-    assert until(lambda: not alive(str(tmp_path)), 5)
+    assert "SuperNode ID" not in said
+
+
+def test_a_revoked_key_is_out_within_a_heartbeat(tmp_path: Path) -> None:
+    with federation(tmp_path / "d", 1) as (deployment, [edge]):
+        node = edge.log.rpartition("SuperNode ID: ")[2].split()[0]
+        out = subprocess.run(
+            [command("flwr"), "supernode", "unregister", node, "here"],
+            env={**os.environ, "FLWR_HOME": str(deployment.home)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert out.returncode == 0, out.stdout + out.stderr
+        joined = edge.joined
+        assert until(lambda: "Exit Code" in edge.log or edge.joined == 0, 60)
+        assert not until(lambda: edge.joined > joined, 10)
+
+
+# ------------------------------------------------------------------------------------- endings
+
+
+def test_fewer_devices_than_clients_take_turns(running: Any, tmp_path: Path) -> None:
+    deployment, _ = running
+    task = task_of(toy("data.clients=4"), tmp_path / "run")
+    conduct(deployment, task)  # device 0 has the clients 0 and 3
+    assert {r["client"] for r in rows(task.path) if r["status"] == "ok"} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("phase", ["starting", "running"])
+def test_endings_leave_nothing(number: int, phase: str, tmp_path: Path) -> None:
+    """Ctrl-C, SIGTERM or a killed parent, in every phase: nothing is left after five seconds."""
+    folder = tmp_path / "d"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedsim.deploy.main", "--folder", str(folder)],
+        cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True, preexec_fn=attentive,
+    )  # fmt: skip
+    signs = {
+        "starting": lambda: (folder / "logs" / "superlink.log").exists(),
+        "running": lambda: reached(folder / "run", 0),
+    }
+    assert until(signs[phase], 200)
+    process.send_signal(number)
+    assert process.wait(timeout=30) in {2: (130,), 15: (143,), 9: (-9,)}[number]
+    assert until(lambda: not belonging(folder), 5 if number == signal.SIGKILL else 0.5)
+    assert not alive(str(folder))
+    said = process.stderr.read() if process.stderr else ""
+    assert "Traceback" not in said
+    if number != signal.SIGKILL:
+        assert "interrupted; everything it started was stopped" in said

@@ -131,9 +131,8 @@ def supervised(folder: Path) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_planted_faults_of_devices_are_found(tmp_path: Path) -> None:
-    """Flower's SuperNode alone, a supervisor without sign-off, a device that forgets."""
-    with federation(tmp_path / "d", 3) as (deployment, edges):
-        bare, silent, forgetful = edges
+    """A device that forgets; a supervisor that does not sign off: Flower keeps it out."""
+    with federation(tmp_path / "d", 3) as (deployment, [silent, forgetful, _]):
         run = Background(deployment, task_of(toy("experiment.rounds=3"), tmp_path / "run"))
         assert until(lambda: reached(tmp_path / "run", 1), 300)
         joined = forgetful.joined
@@ -143,19 +142,11 @@ def test_planted_faults_of_devices_are_found(tmp_path: Path) -> None:
         forgetful.back(joined)
         run.finish()
         assert not same_as_local(run, tmp_path)
-
-        bare.cut()
+        joined = silent.joined
         silent.cut()
-        bare.start()
-        assert until(lambda: bool(alive(f"{bare.folder}/key")), 30)
         with supervised(silent.folder):
-            assert until(lambda: silent.joined > 1, 120)  # it has to wait for its heartbeat
-            nodes = {e: alive(f"{e.folder}/key") for e in (bare, silent)}
-            before = {e: e.joined for e in nodes}
-            bare.signal(signal.SIGSTOP)  # nobody is there to start it again
-            for pid in nodes[silent]:
-                os.kill(pid, signal.SIGKILL)
-            assert not until(lambda: any(e.joined > n for e, n in before.items()), BACK)
+            assert not until(lambda: silent.joined > joined, BACK)
+            assert until(lambda: silent.joined > joined, 120)  # its heartbeat had to run out
 
 
 def dispatched(edges: list[Edge]) -> set[str]:
@@ -217,11 +208,11 @@ def test_row_1_deployed(part: int, tmp_path: Path, scorecard: Callable[..., None
 
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(7))
 def test_row_9(part: int, tmp_path: Path, scorecard: Callable[..., None]) -> None:
-    """20 power cuts of 0, 2 and 10 s each, in four parts."""
+    """21 power cuts of 0, 2 and 10 s each, in seven parts."""
     with federation(tmp_path / "d", 3) as (deployment, edges):
-        delays = [float((0, 2, 10)[(i + i // 3) % 3]) for i in range(15)]
+        delays = [float((0, 2, 10)[(i + i // 3 + part) % 3]) for i in range(9)]
         run, found = cycles(deployment, edges, delays, tmp_path / "run")
     bad = sum(not isinstance(f, float) or f > BACK for f in found)
     scorecard("9", "power cuts of 0, 2, 10 s", len(found), bad)
