@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -156,6 +157,45 @@ def test_a_killed_supervisor_leaves_nothing(folder: Path) -> None:
     assert until(lambda: device.status(folder)["state"] == "killed")
     device.start(folder)  # the next one is not in its way
     assert until(lambda: len(starts(folder)) == 2)
+
+
+def test_what_was_half_unpacked_is_unpacked_again(folder: Path) -> None:
+    """Flower takes a folder of an app for a whole one, however its unpacking ended."""
+    half = folder / "flwr" / "apps" / "fedsim.fedsim-flower.0.1.0.01234567"
+    half.mkdir(parents=True)
+    (folder / "supernode.log").write_bytes(b"x" * (device.LONGEST_LOG + 1))
+    device.start(folder)
+    assert until(lambda: len(starts(folder)) == 1)
+    assert not half.exists()
+    assert (folder / "supernode.log.1").stat().st_size == device.LONGEST_LOG + 1
+
+
+REFUSED = """INFO :      Starting Flower SuperNode
+INFO :      SuperNode ID: 7
+INFO :      Starting Flower SuperNode
+ERROR :     Exit Code: 305
+Failed to initialize the connection to the SuperLink.
+[code: 11] All SuperNodes must be registered via the CLI.
+
+For more information, visit: <https://flower.ai/docs>
+"""
+
+
+def test_status_says_what_is_wrong(folder: Path) -> None:
+    lines = [{"state": "running", "restarts": 0}, {"state": "restarting", "restarts": 3}]
+    (folder / "supervisor.log").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "supernode.log").write_text(REFUSED)
+    assert device.status(folder)["state"] == "killed"
+    with (folder / "supervisor.pid").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("42")
+        lock.flush()
+        found = device.status(folder)
+    assert (found["state"], found["supervisor"], found["connected"]) == ("restarting", 42, False)
+    assert found["problem"] == (
+        "305 Failed to initialize the connection to the SuperLink. "
+        "[code: 11] All SuperNodes must be registered via the CLI."
+    )
 
 
 def test_what_a_node_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
