@@ -128,7 +128,7 @@ def _labels(rows: Sequence[Row], table: Path) -> tuple[tuple[str, ...], np.ndarr
         table_of = np.array([[float(r[c]) for c in columns] for r in rows])
     except ValueError as error:
         raise DataError(f"{table.name}: the classes need to be numbers ({error})") from error
-    used = table_of.any(0)  # ISIC 2019 has a column "UNK" that is empty
+    used: np.ndarray = table_of.max(axis=0) > 0  # ISIC 2019 has a column "UNK" that is empty
     wrong = np.flatnonzero((table_of == 1).sum(1) != 1)
     if len(wrong):
         raise DataError(
