@@ -98,7 +98,7 @@ def _table(folder: Path, csv: str | None, where: str) -> tuple[Path, list[Row]]:
 def _rows(file: Path) -> list[Row]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as text:
-            return list(tables.DictReader(text))
+            return [{k: v or "" for k, v in r.items() if k} for r in tables.DictReader(text)]
     except (OSError, UnicodeDecodeError, tables.Error):
         return []
 
@@ -122,6 +122,8 @@ def _labels(rows: Sequence[Row], table: Path) -> tuple[tuple[str, ...], np.ndarr
     column = next((c for c in DIAGNOSIS if c in rows[0]), None)
     if column is not None:
         names, y = np.unique([r[column].strip().lower() for r in rows], return_inverse=True)
+        if not names[0]:
+            raise DataError(f"{table.name}: {rows[y.argmin()]} is of no class")
         return tuple(str(n) for n in names), y.astype(np.int64)
     columns = sorted((c for c in rows[0] if c.lower() in LABELS), key=str.lower)
     try:

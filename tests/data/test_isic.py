@@ -152,6 +152,14 @@ def test_missing_and_damaged_images(tmp_path: Path) -> None:
         read(folder, partial=True)
 
 
+def test_a_ragged_table_is_told(tmp_path: Path) -> None:
+    folder = ham(tmp_path)
+    table = folder / "HAM10000_metadata.csv"
+    table.write_text(table.read_text() + "HAM_0,ISIC_0000001\n")
+    with pytest.raises(DataError, match=r"ISIC_0000001.* is of no class"):
+        read(folder)
+
+
 def test_an_image_has_exactly_one_class(tmp_path: Path) -> None:
     folder = challenge(tmp_path)
     table = folder / "GroundTruth.csv"
