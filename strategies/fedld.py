@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
@@ -193,11 +194,12 @@ class FedLD(FedAvg):
         if not (principal or geometry):
             return mean
         K = gram(rows)
-        c = (
-            coefficients(K, self.rho, self.r_max, self.renorm, precision(mean.dtype))
-            if principal
-            else torch.full_like(K[0], 1 / len(K))
-        )
+        c = torch.full_like(K[0], 1 / len(K))
+        if principal:
+            try:
+                c = coefficients(K, self.rho, self.r_max, self.renorm, precision(mean.dtype))
+            except torch.linalg.LinAlgError as error:
+                logging.getLogger("flwr").warning("%s is aggregated by its mean: %s", name, error)
         if geometry:
             geometry.add(K, c)
         return combine(rows, c) if principal else mean

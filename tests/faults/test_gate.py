@@ -126,10 +126,14 @@ def test_row_2(row: Row, scorecard: Callable[..., None]) -> None:
     """36 variants of 28 kinds for every strategy."""
     honest(row)
     memory = Memory()
-    counts = [trial(row, seed) for seed in range(36)]
-    tries, failures = (sum(column) for column in zip(*counts, strict=True))
+    tries = failures = 0
+    for seed in itertools.count():  # 36 times, or more for a strategy that does not ask everybody
+        if tries >= 36 * len(KINDS):
+            break
+        more, wrong = trial(row, seed)
+        tries, failures = tries + more, failures + wrong
     scorecard("2", f"hostile replies, {row.strategy}", tries, failures)
-    assert (tries, failures) == (1008, 0)
+    assert failures == 0
     assert memory.grown() < MOST
 
 
