@@ -27,8 +27,8 @@ from fedsim.runtime.threads import Workers
 
 BLOCK_BYTES = 5 << 20
 """Parameters of a block in bytes: more than that does not stay in the cache."""
-LEAST, MOST = 4, 32
-"""Clients of a block: fewer waste dispatch, more gain nothing."""
+LEAST, MOST = 8, 32
+"""Clients of a block: fewer waste dispatch and sums in float64, more gain nothing."""
 SHARES = 4
 """Blocks a cohort is cut into at least, so that there is work for every core."""
 RESIDENT = 50_000_000
