@@ -87,7 +87,7 @@ class Request:
         base, own = config.get("base", env.model.info.base), env.model.info.base
         if base != own:
             raise RunError(
-                f"the server's base model is {base}, this client's {own}: other frozen weights, or "
+                f"the server's base model is {base!r}, this client's {own!r}: other weights, or "
                 "another alpha"
             )
         return Work(

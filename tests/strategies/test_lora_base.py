@@ -304,4 +304,4 @@ def test_a_client_with_another_base_or_alpha_refuses() -> None:
         grid = LocalGrid(ProgramApp(env), 7)
         (reply,) = grid.send_and_receive(messages[:1])
         assert reply.has_error()
-        assert "other frozen weights, or another alpha" in reply.error.reason
+        assert "other weights, or another alpha" in reply.error.reason
