@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fedsim import api
 from fedsim.config import StrategyConfig, load_experiment, override
 from fedsim.core import rng
+from fedsim.core.bulk import Rows
 from fedsim.core.criteria import criterion
 from fedsim.core.errors import ConfigError
 from fedsim.core.model import FlatModel
@@ -141,7 +142,7 @@ def federate(run: Engine, program: LocalProgram, clients: list[int], rounds: int
 
 def _copy(outcomes: Outcomes) -> Outcomes:
     assert not outcomes.faults, outcomes.faults
-    return replace(outcomes, flat=outcomes.flat.clone())
+    return replace(outcomes, rows=Rows(outcomes.flat.clone()))
 
 
 def distance(a: Tensor, b: Tensor) -> float:
