@@ -3,7 +3,7 @@
 As in Ferret's tables: FedKSeed takes 200 zeroth-order steps and rebuilds from K = 4096 seeds,
 Ferret 10 gradient steps (all with one example), projects its update on at most 200 bases a block
 and rebuilds from as many. A few steps are timed; what is linear, steps and draws, is scaled.
-One thread, as in a run.
+One thread, as in a run; processor time.
 
 Usage: scripts/bench rounds [--model FILE.gguf|FOLDER|ID] [--json FILE]
 """
@@ -28,12 +28,12 @@ POOL, STEPS, BASES, GRADIENTS = 4096, 200, 200, 10
 
 
 def taken(work: Callable[[], Any], times: int = 1) -> float:
-    """Seconds of one call, the mean of some after a first one."""
+    """Processor seconds of one call, the mean of some after a first one: neighbours count little."""
     work()
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(times):
         work()
-    return (time.perf_counter() - start) / times
+    return (time.process_time() - start) / times
 
 
 def main(argv: Sequence[str]) -> int:
