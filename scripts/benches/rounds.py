@@ -28,7 +28,7 @@ POOL, STEPS, BASES, GRADIENTS = 4096, 200, 200, 10
 
 
 def taken(work: Callable[[], Any], times: int = 1) -> float:
-    """Processor seconds of one call, the mean of some after a first one: neighbours count little."""
+    """Processor seconds of one call: the mean of some, after a first one."""
     work()
     start = time.process_time()
     for _ in range(times):
