@@ -55,6 +55,7 @@ class Runner:
             stdout=subprocess.PIPE,
             text=True,
             env=_peers.surroundings() if command else {**os.environ, "PYTHONPATH": path},
+            cwd=_peers.RUNNERS if command else None,  # fluke imports from the folder above it
         )
 
     def read(self) -> dict[str, Any]:
@@ -94,11 +95,11 @@ def measure(workload: str, turns: int, peers: bool = False) -> list[dict[str, An
     names = ["fedsim", "fedsim-serial", "plain-t1", "plain-t2"]
     names += ["sum-t1", "sum-t2"] if workload == "overhead" else []
     runners = [Runner(workload, name) for name in names]
-    if peers:
-        runners += [Runner(workload, *peer) for peer in _peers.commands(workload).items()]
     try:
         for runner in runners:
             runner.read()
+        if peers:
+            runners += _started(workload)
         for turn in range(turns):
             shift = turn % len(runners)
             for runner in runners[shift:] + runners[:shift]:
@@ -114,6 +115,21 @@ def measure(workload: str, turns: int, peers: bool = False) -> list[dict[str, An
             best = min(both, key=lambda r: r["seconds_per_round"])
             rows[kind] = {**best, "runner": kind, "threads": int(best["runner"][-1])}
     return list(rows.values())
+
+
+def _started(workload: str) -> list[Runner]:
+    """The peers, started one after another; one that cannot run is named and left out."""
+    found = []
+    for name, command in _peers.commands(workload).items():
+        runner = Runner(workload, name, command)
+        try:
+            runner.read()
+        except RuntimeError as error:
+            print(f"{workload}: {name} is left out: {error}", file=sys.stderr)
+            runner.kill()
+            continue
+        found.append(runner)
+    return found
 
 
 def row(workload: str, runner: Runner, peak: float) -> dict[str, Any]:
