@@ -78,14 +78,7 @@ class OneAgent(AgentState):
         before = state.array_records.get(key)
         settled = self.config.get(SETTLED)
         if before is not None and settled is not None and self._round_of(before) <= self._settled:
-            self._put(f"{key}.before", before)
-        self._put(key, record)
-
-    def _put(self, key: str, record: ArrayRecord) -> None:
-        """Replace a record; Flower warns of one that is overwritten by another type."""
-        state = self._context.state
-        if key in state:
-            del state[key]
+            state[f"{key}.before"] = before
         state[key] = record
 
     def kept(self, name: str) -> dict[str, Tensor] | None:
