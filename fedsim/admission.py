@@ -179,5 +179,6 @@ def judgements(replies: Replies, gate: Gate, examples: Sequence[int]) -> Iterato
     """
     most = np.asarray(examples)
     for block, _ in replies.map(lambda block: sift(gate, block, {}, most)):
-        whole = (block.nodes - 1, block.metrics[EXAMPLES].astype(np.int64))
-        yield (*whole, *(block.metrics[n].astype(np.float64) for n in ("loss", "accuracy")))
+        counts = block.metrics[EXAMPLES].astype(np.int64)
+        loss, accuracy = (block.metrics[n].astype(np.float64) for n in ("loss", "accuracy"))
+        yield block.nodes - 1, counts, loss, accuracy

@@ -12,6 +12,7 @@ from flwr.app import Message
 from numpy.typing import NDArray
 
 from fedsim.admission import Admitted, Verdicts, enter, sift
+from fedsim.columns import Row
 from fedsim.config import Experiment, TrainConfig
 from fedsim.core.averaging import examples_of, metrics_of
 from fedsim.core.bulk import COMPUTE, Broadcast, Replies
@@ -21,7 +22,7 @@ from fedsim.core.records import count_bytes
 from fedsim.core.strategy import Strategy, route
 from fedsim.failpoints import crash_here
 from fedsim.gate import Refusal
-from fedsim.intake import Intake, Row, Tally, Verdict
+from fedsim.intake import Intake, Tally, Verdict
 from fedsim.runtime.clock import forward_flops
 from fedsim.runtime.fleet import Fleet, Floats
 from fedsim.runtime.work import Environment

@@ -198,7 +198,7 @@ class FedLD(FedAvg):
         if principal:
             try:
                 c = coefficients(K, self.rho, self.r_max, self.renorm, precision(mean.dtype))
-            except torch.linalg.LinAlgError as error:
+            except RuntimeError as error:  # LAPACK did not converge
                 logging.getLogger("flwr").warning("%s is aggregated by its mean: %s", name, error)
         if geometry:
             geometry.add(K, c)

@@ -176,8 +176,9 @@ class PackedStrategy(Strategy):
         setting, data = self.setting, self.pack(0, arrays)
         layout = setting.info.layout
         if self._resident is None:
-            assert setting.initial is not None, "the round loop gives the initial model"
-            own = setting.resident or (lambda: Resident(as_flat(setting.initial, layout)))
+            initial = setting.initial
+            assert initial is not None, "the round loop gives the initial model"
+            own = setting.resident or (lambda: Resident(as_flat(initial, layout)))
             self._resident = own()
         resident = self._resident
         resident.restore(

@@ -76,7 +76,7 @@ class Copy:
 
 
 def _bytes(vector: Tensor) -> memoryview:
-    return memoryview(vector.detach().view(torch.uint8).numpy()).cast("B")
+    return vector.detach().view(torch.uint8).numpy().data.cast("B")
 
 
 class Resident:

@@ -123,7 +123,7 @@ def _labels(rows: Sequence[Row], table: Path) -> tuple[tuple[str, ...], np.ndarr
     if column is not None:
         names, y = np.unique([r[column].strip().lower() for r in rows], return_inverse=True)
         if not names[0]:
-            raise DataError(f"{table.name}: {rows[y.argmin()]} is of no class")
+            raise DataError(f"{table.name}: {rows[int(y.argmin())]} is of no class")
         return tuple(str(n) for n in names), y.astype(np.int64)
     columns = sorted((c for c in rows[0] if c.lower() in LABELS), key=str.lower)
     try:
