@@ -111,12 +111,12 @@ CLIENTS = {
     "fedspine": "clients.fedspine:FedSpine",
 }
 DEVICES = {
-    "workstation": "fedsim.runtime.devices:workstation",
-    "phone": "fedsim.runtime.devices:phone",
-    "raspberry_pi_5": "fedsim.runtime.devices:raspberry_pi_5",
-    "jetson_tx2": "fedsim.runtime.devices:jetson_tx2",
-    "jetson_nx": "fedsim.runtime.devices:jetson_nx",
-    "jetson_agx": "fedsim.runtime.devices:jetson_agx",
+    "workstation": "fedsim.runtime.devices:Workstation",
+    "phone": "fedsim.runtime.devices:Phone",
+    "raspberry_pi_5": "fedsim.runtime.devices:RaspberryPi5",
+    "jetson_tx2": "fedsim.runtime.devices:JetsonTX2",
+    "jetson_nx": "fedsim.runtime.devices:JetsonNX",
+    "jetson_agx": "fedsim.runtime.devices:JetsonAGX",
 }
 ORACLES = {
     "held": "fedsim.runtime.oracles:Held",

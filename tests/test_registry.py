@@ -164,7 +164,7 @@ def test_parameters_of_a_plugin_are_checked_with_the_rest() -> None:
     assert [str(f) for f in caught.value.faults] == [
         'f: strategy.mine.sizes = [1, "2"]: must be a whole number',
         "f: strategy.mine.sped = 1: unknown parameter of Mine; did you mean speed? (allowed: "
-        "speed, sizes, server_lr, weighted, client, label, train, tune)",
+        "speed, sizes, server_lr, weighted, client, label, model, pooled, train, tune)",
         "f: strategy.mine.speed: is required by Mine",
     ]
     tables["strategy"] = [{"name": "mine", "sizes": [1, 2], "speed": 1}]

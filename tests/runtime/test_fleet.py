@@ -62,7 +62,7 @@ def test_every_profile_says_where_its_numbers_come_from(name: str) -> None:
 
 
 def test_the_pi_is_a_fifth_of_its_peak() -> None:
-    assert devices.raspberry_pi_5().flops == pytest.approx(0.2 * 4 * 2.4e9 * 16, rel=0.02)
+    assert devices.RaspberryPi5().flops == pytest.approx(0.2 * 4 * 2.4e9 * 16, rel=0.02)
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=5), st.integers(1, 60))
