@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
     import torch
@@ -123,8 +124,10 @@ class FederatedData:
     @cached_property
     def public_digest(self) -> str:
         """Digest of the public examples' inputs in their order; empty where there are none."""
-        rows = self.public
-        return digest(self.fields["x"][rows].numpy()) if len(rows) else ""
+        if not len(self.public):
+            return ""
+        x = self.fields["x"][self.public]
+        return digest((x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy())
 
 
 def digest(*parts: object) -> str:

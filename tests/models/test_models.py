@@ -118,8 +118,9 @@ def test_char_gpt_learns():
 @pytest.mark.parametrize("name", [name for name in MODELS if plain("models", name)])
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_many_clients_at_once_give_what_one_gives(name):
-    data = text() if name.startswith("char") else images(1, 8, 8)
+    data = text() if name.startswith("char") or name == "offsite" else images(1, 8, 8)
     small = {"char_lstm": {"hidden": 8}, "char_gpt": {"width": 16}, "cnn": {"channels": [3, 4]}}
+    small["offsite"] = {"base_params": {"width": 16, "layers": 3}}
     model = make(name, data, **small.get(name, {})).double()
     x, y = (data.fields[f].unflatten(0, (3, 2)) for f in ("x", "y"))
     x = x.double() if x.is_floating_point() else x
