@@ -6,6 +6,7 @@ Nothing is imported at the top that takes time, so that Ctrl-C finds its handler
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -66,12 +67,24 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPED = (
+    "\nscripts/deploy: interrupted; everything it started was stopped, the same command goes on"
+)
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, or the terminal is gone: as Ctrl-C, with an exit code of its own."""
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
     raise Terminated
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    """End at once: nothing has been started yet."""
+    os.write(2, f"{STOPPED}\n".encode())
+    os._exit(INTERRUPTED if number == signal.SIGINT else TERMINATED)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -81,10 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGHUP, _terminate)
         sys.exit(_run(parser().parse_args(arguments)))
     except KeyboardInterrupt as stop:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in ENDINGS:
             signal.signal(number, signal.SIG_IGN)  # it is ending already
-        print("\nscripts/deploy: interrupted; everything it started was stopped, "
-              "the same command goes on", file=sys.stderr)  # fmt: skip
+        print(STOPPED, file=sys.stderr)
         sys.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
 
 
@@ -92,8 +104,12 @@ def _run(given: argparse.Namespace) -> int:
     from fedsim.core.errors import FedsimError
 
     try:
+        # An exception out of a handler can be swallowed by a library that is being imported.
+        before = {n: signal.signal(n, _leave) for n in ENDINGS}
         from fedsim.deploy import session
 
+        for number, handler in before.items():
+            signal.signal(number, handler)
         session.deploy(given)
     except FedsimError as error:
         print(f"scripts/deploy: {error}", file=sys.stderr)
