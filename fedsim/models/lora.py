@@ -155,7 +155,8 @@ def lora(
         delta: the strategy may merge updates into the base (flora, fedex_lora, two modes of
             lora_lego). Other LoRA strategies leave that out of their messages.
         weights: folder of a finished run of that base, or a ``.safetensors`` file, whose weights
-            the base begins with; None: those of the seed.
+            the base begins with; ``{seed}`` in it stands for the run's seed. None: those of the
+            seed.
         prunable: heads and channels can be removed (fedspine).
         base_params: parameters of the base.
 
@@ -169,7 +170,7 @@ def lora(
         input_shape=data.input_shape, num_outputs=data.num_outputs,
     )  # fmt: skip
     if weights is not None:
-        load_weights(module, weights)
+        load_weights(module, weights.replace("{seed}", str(seed)))
     adapted = adapt(module, rank, alpha / rank, targets, head, delta)
     if prunable:
         from fedsim.models.pruning import gated
