@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,9 @@ def tune(
     """The strategies with their best values; as they are without ``[tune]``.
 
     Every strategy is run with every candidate on the tuning seeds; the best mean of the final
-    metric wins, the earlier candidate on a tie. A candidate that fails (diverges) loses. What was
-    tried is written to `tuning.json`.
+    metric wins, the earlier candidate on a tie. A candidate that fails, or whose metric is not
+    finite or missing on one of the seeds (it diverged), loses. What was tried is written to
+    `tuning.json`.
 
     Args:
         experiment: the configuration.
@@ -91,10 +93,14 @@ def tune(
                 raise
             except FedsimError:
                 continue
-            found = [r.metrics[metric] for r in results]
-            scores.append((sum(found) / len(found), values))
+            found = [r.metrics.get(metric, math.nan) for r in results]
+            if all(map(math.isfinite, found)):
+                scores.append((sum(found) / len(found), values))
         if not scores:
-            raise RunError(f"tuning {entry.label}: every candidate failed; widen the grid")
+            raise RunError(
+                f"tuning {entry.label}: no candidate ended with a finite {metric}; widen the grid, "
+                "or see that [evaluate] measures it"
+            )
         best = max(scores, key=lambda s: sign * s[0])
         tried[entry.label] = {
             "metric": metric,
