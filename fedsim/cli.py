@@ -11,6 +11,8 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +30,8 @@ from fedsim.model_cli import app as models
 if TYPE_CHECKING:
     from fedsim.api import Comparison
     from fedsim.config import Experiment
+    from fedsim.core.events import Event
+    from fedsim.progress import OnEvent
     from fedsim.runner import RunResult
 
 BUG, FAILED, INTERRUPTED, TERMINATED = 1, 4, 130, 143
@@ -162,14 +166,21 @@ def _options(
         bool, typer.Option("--debug", help="Show the traceback of an error as it is.")
     ] = False,
 ) -> None:
-    signal.signal(signal.SIGTERM, _terminate)
+    _endings.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
     # A user's own strategy, named as "module:Class", lies in the working folder.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
 
-def _terminate(signum: int, frame: object) -> None:
-    raise Terminated
+_endings: list[type[KeyboardInterrupt]] = []
+"""What signals have asked for: a library may swallow an exception that is raised in its midst."""
+
+
+def _end(number: int, frame: object) -> None:
+    _endings.append(Terminated if number == signal.SIGTERM else KeyboardInterrupt)
+    raise _endings[-1]
 
 
 @app.command()
@@ -333,10 +344,19 @@ def _note(ctx: typer.Context, folder: Path) -> Path:
     return folder
 
 
-def _showing(as_json: bool, quiet: bool) -> Any:
+@contextmanager
+def _showing(as_json: bool, quiet: bool) -> Iterator[OnEvent]:
+    """What shows a run's events, and ends the run if a signal came and was swallowed."""
     from fedsim import progress
 
-    return progress.showing(progress.mode(as_json, quiet))
+    with progress.showing(progress.mode(as_json, quiet)) as show:
+
+        def on_event(event: Event) -> None:
+            show(event)
+            if _endings:
+                raise _endings[-1]
+
+        yield on_event
 
 
 def _show_result(result: RunResult | Comparison, as_json: bool) -> None:

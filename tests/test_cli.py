@@ -47,9 +47,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "study.toml").write_text(STUDY)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     yield tmp_path
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def fedsim(*arguments: str) -> Result:
@@ -368,6 +369,31 @@ def test_a_strategy_of_ones_own_lies_in_the_working_folder(folder: Path) -> None
     result = fedsim("run", "study.toml", *change)
     assert result.exit_code == 0, result.output
     assert Path("runs/study/own-seed0/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_that_a_library_swallows_ends_the_run_after_the_round(
+    folder: Path, name: str, code: int
+) -> None:
+    """As an import in mid-run may; see `scripts/deploy`, which does nothing before its imports."""
+    module = f"deaf_to_{name.lower()}"
+    (folder / f"{module}.py").write_text(
+        "import os, signal\n"
+        "from strategies.fedavg import FedAvg\n"
+        "class Deaf(FedAvg):\n"
+        "    '''Loses a signal.'''\n"
+        "    def configure_train(self, *given):\n"
+        "        try:\n"
+        f"            os.kill(os.getpid(), signal.{name})\n"
+        "        except KeyboardInterrupt:\n"
+        "            pass\n"
+        "        return super().configure_train(*given)\n"
+    )
+    change = ("--set", f"strategy.0.name={module}:Deaf", "--strategy", "Deaf", "--quiet")
+    result = fedsim("run", "study.toml", "--out", "r", *change)
+    assert result.exit_code == code, result.output
+    status = json.loads(Path("r/status.json").read_text())
+    assert (status["state"], status["round"]) == ("interrupted", 1)
 
 
 def test_ctrl_c_in_mid_run_loses_nothing() -> None:

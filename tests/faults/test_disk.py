@@ -288,7 +288,8 @@ def small_disk(place: Path, kilobytes: int) -> Iterator[Path]:
     try:
         yield place
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        # Lazily: a process that another test has just forked may still have it open.
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def full(tmp_path: Path, wanted: str, kilobytes: int) -> int:
