@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedsim.core.lora.serving import halves
+from fedsim.core.lora.serving import factors_of
 from fedsim.core.model import ModelInfo
 from fedsim.core.program import LocalProgram
 
@@ -15,4 +15,4 @@ class FedSALoRA(LocalProgram):
 
     def private(self, info: ModelInfo) -> frozenset[str]:
         """The factors B."""
-        return frozenset(b for _, b in halves(info).values())
+        return factors_of(info, "b")

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 
-from fedsim.core.lora.serving import halves, mask, where
+from fedsim.core.lora.serving import factors_of, mask, where
 from fedsim.core.model import ModelInfo
 from fedsim.core.program import Batch, LocalProgram, LocalState
 
@@ -24,7 +24,7 @@ class FFALoRA(LocalProgram):
 
     def private(self, info: ModelInfo) -> frozenset[str]:
         """The factors A, which are everybody's and need not travel."""
-        return frozenset(a for a, _ in halves(info).values())
+        return factors_of(info, "a")
 
     def fitted(self, info: ModelInfo) -> Self:
         """Learn where the factors A lie."""

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 
-from fedsim.core.lora.serving import halves, mask, where
+from fedsim.core.lora.serving import factors_of, mask, where
 from fedsim.core.model import ModelInfo
 from fedsim.core.parts import Shapes
 from fedsim.core.program import Batch, LocalProgram, LocalState
@@ -31,7 +31,7 @@ class RoLoRA(LocalProgram):
 
     def answers(self, info: ModelInfo, sent: Shapes) -> Shapes:
         """All but the frozen factor."""
-        frozen = {pair["ba".index(self.trains)] for pair in halves(info).values()}
+        frozen = factors_of(info, "a" if self.trains == "b" else "b")
         return {n: shape for n, shape in sent.items() if n not in frozen}
 
     def step(self, s: LocalState, batch: Batch) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from fedsim.core.lora.serving import halves, require_lora
-from fedsim.core.model import ModelInfo
-from fedsim.core.personal import Shared
-from fedsim.core.strategy import Setting
+from fedsim.core.lora.serving import OneFactor
 from strategies.fedavg import FedAvg
 
 
-class FedSALoRA(Shared, FedAvg):
+class FedSALoRA(OneFactor, FedAvg):
     """FedSA-LoRA: A is averaged; every client keeps a B of its own, which never travels.
 
     Guo et al., *Selective Aggregation for Low-Rank Adaptation in Federated Learning*, ICLR 2025
@@ -25,12 +22,4 @@ class FedSALoRA(Shared, FedAvg):
     """
 
     client = "fedsa_lora"
-
-    def setup(self, setting: Setting) -> None:
-        """Look for adapters."""
-        super().setup(setting)
-        require_lora(setting.info, type(self).__name__)
-
-    def private(self, info: ModelInfo) -> frozenset[str]:
-        """The factors B."""
-        return frozenset(b for _, b in halves(info).values())
+    stays = "b"

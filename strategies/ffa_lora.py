@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from flwr.app import ArrayRecord
 
-from fedsim.core.lora.serving import halves, require_lora
-from fedsim.core.model import ModelInfo
-from fedsim.core.personal import Shared
+from fedsim.core.lora.serving import OneFactor
 from fedsim.core.records import FlatRecord, from_record
-from fedsim.core.strategy import Served, Setting
+from fedsim.core.strategy import Served
 from strategies.fedavg import FedAvg
 
 
-class FFALoRA(Shared, FedAvg):
+class FFALoRA(OneFactor, FedAvg):
     """FFA-LoRA: A stays as it was initialised, the same for all; only B is trained, and travels.
 
     Sun et al., *Improving LoRA in Privacy-preserving Federated Learning*, ICLR 2024. The mean of B
@@ -28,15 +26,7 @@ class FFALoRA(Shared, FedAvg):
     """
 
     client = "ffa_lora"
-
-    def setup(self, setting: Setting) -> None:
-        """Look for adapters."""
-        super().setup(setting)
-        require_lora(setting.info, type(self).__name__)
-
-    def private(self, info: ModelInfo) -> frozenset[str]:
-        """The factors A."""
-        return frozenset(a for a, _ in halves(info).values())
+    stays = "a"
 
     def models(self, arrays: ArrayRecord) -> dict[str, Served]:
         """The model with the initial A, where the server knows it."""

@@ -18,6 +18,7 @@ from fedsim.core.lora.ranks import Ranks
 from fedsim.core.model import ModelInfo
 from fedsim.core.nodes import node_of
 from fedsim.core.parts import narrow, part_of, widened
+from fedsim.core.personal import Shared
 from fedsim.core.records import FlatRecord, Layout, as_flat, from_record
 from fedsim.core.strategy import Aggregate, Served, Setting, Strategy
 
@@ -305,6 +306,34 @@ def mean_gap(merged: Adapter, adapters: Sequence[Adapter], weights: Sequence[flo
         rows = torch.cat([found.a.double() * found.scaling, -rows])
         off += float(Factors(rows, torch.cat([found.b.double(), columns], 1)).norm()) ** 2
     return (off / size) ** 0.5 if size else float(off > 0)
+
+
+def factors_of(info: ModelInfo, half: str) -> frozenset[str]:
+    """Names of every factor ``"a"`` or ``"b"``."""
+    return frozenset(pair["ab".index(half)] for pair in halves(info).values())
+
+
+class OneFactor(Shared):
+    """Of every update one factor never travels: mix it into a strategy, before its base.
+
+    Attributes:
+        stays: which one, ``"a"`` or ``"b"``; the client half says the same.
+    """
+
+    stays: str
+
+    def setup(self, setting: Setting) -> None:
+        """Look for adapters.
+
+        Raises:
+            ConfigError: the model has none.
+        """
+        super().setup(setting)
+        require_lora(setting.info, type(self).__name__)
+
+    def private(self, info: ModelInfo) -> frozenset[str]:
+        """The factors that stay."""
+        return factors_of(info, self.stays)
 
 
 def where(info: ModelInfo, half: str) -> tuple[tuple[int, int], ...]:
