@@ -24,7 +24,7 @@ from typing import Any
 
 from fedsim.core.errors import ConfigError, RunError
 from fedsim.deploy.keys import device_key
-from fedsim.deploy.processes import Group, command
+from fedsim.deploy.processes import Group
 
 HOME = Path("~/.fedsim/devices")
 """Where devices lie if no folder is given."""
@@ -73,12 +73,11 @@ class Device:
             ) from None
 
     def arguments(self, folder: Path) -> list[str]:
-        """The command line of its SuperNode; ``FEDSIM_SUPERNODE`` names another program."""
+        """What its SuperNode is told on the command line."""
         config = f'partition-id={self.partition} state-dir="{folder / "state"}"'
         if self.partitions:
             config += f" num-partitions={self.partitions}"
         return [
-            os.environ.get("FEDSIM_SUPERNODE") or command("flower-supernode"),
             *("--superlink", self.superlink),
             *("--root-certificates", self.authority),
             *("--auth-supernode-private-key", str(folder / "key")),
@@ -116,12 +115,12 @@ class Supervisor:
         pause = FIRST_PAUSE
         while not self._stop.is_set():
             started = time.monotonic()
-            self._sign_off()
+            before = self._before()
             self._tidy()
             with Group(self.folder) as group:
                 node = group.start(
                     "supernode",
-                    self.device.arguments(self.folder),
+                    self._command(before),
                     env={"FLWR_HOME": str(self.folder / "flwr")},
                 )
                 self._note("running", pid=node.pid)
@@ -129,24 +128,26 @@ class Supervisor:
                     pass
                 code = node.poll()
             if self._stop.is_set():
-                break
+                break  # asked to end, a SuperNode tells the server so
             pause = FIRST_PAUSE if time.monotonic() - started > LASTED else pause * 2
             self._note("restarting", code=code)
             self._stop.wait(min(pause, LONGEST_PAUSE))
             self.restarts += 1
-        self._sign_off()
         self._note("stopped")
 
-    def _sign_off(self) -> None:
-        """Let the SuperLink take the node back at once (see `fleet.sign_off`)."""
-        from fedsim.deploy import fleet
+    def _before(self) -> int | None:
+        """The node that was here before, which the SuperLink may believe to be there still."""
+        with suppress(OSError):
+            return node_id_in((self.folder / "supernode.log").read_text(errors="replace"))
+        return None
 
-        with suppress(OSError, ValueError):
-            log = (self.folder / "supernode.log").read_text(errors="replace")
-            number = fleet.node_id_in(log)
-            if number is not None:
-                key = self.folder / "key"
-                fleet.sign_off(self.device.superlink, Path(self.device.authority), key, number)
+    def _command(self, before: int | None) -> list[str]:
+        """The command line of the SuperNode; ``FEDSIM_SUPERNODE`` names another program."""
+        other = os.environ.get("FEDSIM_SUPERNODE")
+        if other:
+            return [other, *self.device.arguments(self.folder)]
+        gone = [] if before is None else [str(before)]
+        return [sys.executable, "-m", "fedsim.deploy.node", str(self.folder), *gone]
 
     def _tidy(self) -> None:
         """Remove apps of earlier runs, and one whose unpacking was cut off; put long logs aside."""
@@ -277,7 +278,14 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 _JOINED, _BEGUN = "SuperNode ID: ", "Starting Flower SuperNode"
+_NODE_ID = re.compile(_JOINED + r"(\d+)")
 _ENDED = re.compile(r"Exit Code: (.*?)(?:\n\s*\n|For more information|$)", re.DOTALL)
+
+
+def node_id_in(log: str) -> int | None:
+    """The node id that a SuperNode last said it has; None if it said none."""
+    found = _NODE_ID.findall(log)
+    return int(found[-1]) if found else None
 
 
 def _last_words(log: Path) -> str:

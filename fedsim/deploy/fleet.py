@@ -1,11 +1,10 @@
-"""The private parts of Flower that a device's supervisor needs, all in this file.
+"""The private parts of Flower that a device needs, all in this file.
 
-`tests/deploy/test_flower_private.py` names what broke when a new Flower moves one of them.
+`tests/deploy/test_processes.py` names what broke when a new Flower moves one of them.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import httpx
@@ -14,16 +13,9 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supernode.cli import flower_supernode as flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-
-_NODE_ID = re.compile(r"SuperNode ID: (\d+)")
-
-
-def node_id_in(log: str) -> int | None:
-    """The node id that a SuperNode last said it has; None if it said none."""
-    found = _NODE_ID.findall(log)
-    return int(found[-1]) if found else None
 
 
 def sign_off(superlink: str, authority: Path, key: Path, node_id: int) -> bool:

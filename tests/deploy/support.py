@@ -17,7 +17,7 @@ import pyarrow.parquet as parquet
 
 from fedsim import api
 from fedsim.config import Experiment, load_experiment
-from fedsim.deploy import device, fleet, guard
+from fedsim.deploy import device, guard
 from fedsim.deploy.loopback import Deployment
 from fedsim.deploy.session import conduct
 from fedsim.runner import Task
@@ -149,7 +149,7 @@ class Edge:
     @property
     def joined(self) -> int:
         """How often the server has let it in."""
-        node = fleet.node_id_in(self.log)
+        node = device.node_id_in(self.log)
         log = (self.deployment.group.logs / "superlink.log").read_text(errors="replace")
         return log.count(f"Activated node_id={node}\n") if node else 0
 
@@ -180,11 +180,9 @@ class Edge:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def back(self, before: int, seconds: float = 60.0) -> float:
-        """Seconds until the server has let it in once more than before."""
-        start = time.monotonic()
+    def back(self, before: int, seconds: float = 60.0) -> None:
+        """Wait until the server has let it in once more than before."""
         assert until(lambda: self.joined > before, seconds), "it is not back"
-        return time.monotonic() - start
 
 
 @contextmanager

@@ -200,8 +200,10 @@ def test_status_says_what_is_wrong(folder: Path) -> None:
 
 def test_what_a_node_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEDSIM_SUPERNODE")
+    made = device.Supervisor(folder)
+    assert made._command(7)[1:] == ["-m", "fedsim.deploy.node", str(folder), "7"]
+    assert made._command(None)[1:] == ["-m", "fedsim.deploy.node", str(folder)]
     given = Device.load(folder).arguments(folder)
-    assert given[0].endswith("flower-supernode")
     config = given[given.index("--node-config") + 1]
     assert config == f'partition-id=3 state-dir="{folder / "state"}" num-partitions=8'
     assert "--insecure" not in given
@@ -217,11 +219,12 @@ def test_no_device(tmp_path: Path) -> None:
 
 def test_private_parts_of_flower_are_where_they_were() -> None:
     """`fedsim.deploy.fleet` stands on these; a new Flower that moves one fails here."""
-    assert fleet.node_id_in("INFO :      SuperNode ID: 42\nSuperNode ID: 43") == 43
-    assert fleet.node_id_in("nothing") is None
+    assert device.node_id_in("INFO :      SuperNode ID: 42\nSuperNode ID: 43") == 43
+    assert device.node_id_in("nothing") is None
     from flwr.supernode import start_client_internal
 
     source = Path(start_client_internal.__file__).read_text()
     assert '"SuperNode ID: %s"' in source
     assert fleet.DeactivateNodeRequest(node_id=1).node_id == 1
     assert callable(fleet.FleetHttpClient.from_server_address)
+    assert callable(fleet.flower_supernode)
