@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ AT_ONCE = 4
 """Keys that are registered at the same time, each by a program of Flower's."""
 BEGUN = 120.0
 """Seconds within which the server's program must hold its run folder."""
+LOOK = "0.25"
+"""Seconds between the SuperLink's looks for a server's program to start; Flower's default is 1."""
 LASTED = 30.0
 """A process that ends sooner after its start than so many seconds was not started well."""
 PATIENCE = 5
@@ -57,6 +60,22 @@ def listening(port: int, host: str = "127.0.0.1") -> bool:
         return probe.connect_ex((host, port)) == 0
 
 
+def staged(folder: Path) -> Path:
+    """A copy of what travels to devices, and of nothing else; the folder.
+
+    Flower resolves the path of every file beside an app, those of a virtual environment and of old
+    runs too, which takes seconds; and a program that is started again must run the same code.
+    """
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    shutil.rmtree(folder, ignore_errors=True)
+    for pattern in about["tool"]["flwr"]["app"]["fab-include"]:
+        for path in ROOT.glob(pattern):
+            place = folder / path.relative_to(ROOT)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
+    return folder
+
+
 class Deployment:
     """The processes of a federation, started one by one; those that end are started again.
 
@@ -79,6 +98,7 @@ class Deployment:
         self.control = free_port()
         self.door = (listen[0], listen[1] or free_port())
         self.home = self.folder / "flwr"
+        self._app = self.folder / "app"
         self._keep_logs()
         self.group = Group(self.folder / "logs", held)
         self._starts: dict[str, Callable[[], object]] = {}
@@ -108,6 +128,7 @@ class Deployment:
             f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:'
             f'{self.control}"\nroot-certificates = "{self.certificates.authority}"\n'
         )
+        staged(self._app)
         self._keep("superlink", self._superlink)
         self._keep("door", self._door)
         self.group.until(self._answers, "starting", READY)
@@ -139,7 +160,7 @@ class Deployment:
                 "--disable-runtime-dependency-installation",
             ],
             cwd=self.folder,
-            env={"FLWR_HOME": str(self.home)},
+            env={"FLWR_HOME": str(self.home), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": LOOK},
         )
 
     def _door(self) -> None:
@@ -233,7 +254,7 @@ class Deployment:
     # -- the run -----------------------------------------------------------------------------
 
     def run(self, config: dict[str, str | int | float], out: Path) -> str | None:
-        """Run the app of this checkout, showing its log, until its server's program has ended.
+        """Run the staged app, showing its log, until its server's program has ended.
 
         Args:
             config: the run configuration.
@@ -249,7 +270,7 @@ class Deployment:
         )
         shutil.rmtree(self.home / "apps", ignore_errors=True)  # what was half unpacked stays so
         before = _owner(out)
-        process = self.flwr("run", str(ROOT), "here", "--stream", "--run-config", str(file))
+        process = self.flwr("run", str(self._app), "here", "--stream", "--run-config", str(file))
         name, shown, started = self._named(process), 0, time.monotonic()
         while process.poll() is None:
             shown = self._show(name, shown)
