@@ -6,31 +6,10 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from clients.fedsam import FedSAM
 from fedsim.core import gossip
 from fedsim.core.agent import MODEL, Agent, AgentState
-from fedsim.core.program import Batch, LocalProgram, LocalState, norm
 from fedsim.core.records import FlatRecord, from_record
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sharp(LocalProgram):
-    """Sharpness-aware steps, as in `clients/fedsam.py`; with ``rho = 0`` plain SGD.
-
-    Attributes:
-        rho: radius of the perturbation.
-    """
-
-    rho: float = 0.0
-
-    def step(self, s: LocalState, batch: Batch) -> None:
-        """One step along the gradient at the perturbed point."""
-        first = s.gradient(batch, training=not self.frozen_bn)
-        if not self.rho:
-            self.descend(s, first)
-            return
-        g = first.dense()
-        delta = g * (self.rho / (norm(g) + 1e-12))
-        self.descend(s, s.gradient(batch, at=s.w + delta, training=not self.frozen_bn))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +34,8 @@ class Gossip(Agent):
         """Train or mix, and keep the model."""
         model = self.judged(s)
         if self.phase == "train":
-            own = {f.name: getattr(self, f.name) for f in fields(Sharp)}
-            trained = s.train(Sharp(**own), model)
+            own = {f.name: getattr(self, f.name) for f in fields(FedSAM)}
+            trained = s.train(FedSAM(**own), model)
             model = trained.record
             s.metrics.update({**trained.metrics, "steps": trained.steps})
         else:

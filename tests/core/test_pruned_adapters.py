@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsim.core.lora.factors import Factors
+from fedsim.core.lora.factors import Factors, truncated
 from fedsim.core.lora.federated import fedit, flexlora
 from fedsim.core.lora.pruned import Sides, aggregate, cut, moved, restored, revived
 from fedsim.core.lora.serving import halves
@@ -83,6 +83,20 @@ def test_dense_is_cut_to_the_best_rank() -> None:
     _, s, _ = torch.linalg.svd(wanted)
     off = torch.linalg.matrix_norm(found.delta() - wanted)
     assert off == pytest.approx(float(s[2:].square().sum().sqrt()))
+
+
+def test_ranks_shrink_to_the_best_of_that_rank_and_grow_without_a_change() -> None:
+    """What `dense` gives is cut to a client's rank; zero ranks behind it change no product."""
+    found, _, _ = merged([ROWS, NOTHING], [3, 3], min(OUT, IN))
+    whole = found.delta()
+    u, s, vt = torch.linalg.svd(whole)
+    for rank in (1, 2, 3):
+        small = truncated(found, rank)
+        best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        assert torch.allclose(small.delta(), best, atol=1e-9)
+        grown = truncated(small, 5)
+        assert grown.a.shape[0] == 5
+        assert torch.equal(grown.delta(), small.delta())
 
 
 def test_without_pruning_dense_is_flexlora_and_pad_is_fedit() -> None:

@@ -9,27 +9,57 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.sparse.csgraph import connected_components
 
 from fedsim.core import rng, topology
 from fedsim.core.errors import ConfigError
 from fedsim.core.gossip import consensus, mix
 
 FIXED = sorted(topology.FIXED)
-SIZES = [1, 2, 3, 4, 5, 8, 12, 17, 33, 64, 100]
+SIZES = [*range(1, 34), 64, 100]
 
 
-@pytest.mark.parametrize("name", FIXED)
-@pytest.mark.parametrize("m", SIZES)
-def test_every_topology_gives_a_symmetric_doubly_stochastic_matrix(name, m):
-    graph = topology.FIXED[name](m)
-    weights = topology.metropolis(graph)
+def check(graph):
+    """What gossip needs of a graph's weights; they bring all together just if it is connected."""
+    m, weights = len(graph), topology.metropolis(graph)
     assert (graph == graph.T).all()
     assert not graph.diagonal().any()
     assert (weights >= 0).all()
+    assert (weights.diagonal() > 0).all()
     assert (weights == weights.T).all()
     np.testing.assert_allclose(weights.sum(0), 1.0, atol=1e-15 * m)
     assert ((weights > 0) <= (graph | np.eye(m, dtype=bool))).all()
-    assert m == 1 or topology.second_eigenvalue(weights) < 1
+    parts, _ = connected_components(graph)
+    gap = 1 - topology.second_eigenvalue(weights)
+    assert gap > 1e-6 if parts == 1 else gap == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_every_topology_gives_a_symmetric_doubly_stochastic_matrix(name):
+    for m in SIZES:
+        check(topology.FIXED[name](m))
+
+
+@pytest.mark.parametrize("degree", [1, 3])
+def test_so_does_the_random_one(degree):
+    for m in SIZES:
+        check(topology.random(m, degree, rng.stream(0, m, rng.SERVER, "topology")))
+
+
+def test_one_draw_of_ten_neighbours_each_among_a_hundred():
+    """Degree about 19, for each draws ten and is drawn by ten; second eigenvalue about 0.5."""
+    graph = topology.random(100, 10, rng.stream(0, 1, rng.SERVER, "topology"))
+    assert 18 < graph.sum(1).mean() < 20
+    assert topology.second_eigenvalue(topology.metropolis(graph)) == pytest.approx(0.503, abs=0.05)
+
+
+def test_golden_ring_of_a_hundred_and_offsets_of_one_and_nine():
+    ring = topology.second_eigenvalue(topology.metropolis(topology.ring(100)))
+    assert ring == pytest.approx(0.998684486, abs=5e-10)
+    offsets = topology.from_edges(100, [(i, (i + h) % 100) for i in range(100) for h in (1, 9)])
+    weights = topology.metropolis(offsets)
+    np.testing.assert_allclose(weights[weights > 0], 0.2)
+    assert topology.second_eigenvalue(weights) == pytest.approx(0.9369, abs=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +103,10 @@ def test_golden_path_and_star():
     assert topology.second_eigenvalue(star) == pytest.approx(0.8)
 
 
-def test_two_nodes_are_joined_once():
-    np.testing.assert_array_equal(topology.metropolis(topology.ring(2)), [[0.5, 0.5], [0.5, 0.5]])
+def test_two_nodes_are_joined_once_and_one_keeps_what_it_has():
+    for graph in (topology.ring, topology.full):
+        np.testing.assert_array_equal(topology.metropolis(graph(2)), [[0.5, 0.5], [0.5, 0.5]])
+        np.testing.assert_array_equal(topology.metropolis(graph(1)), [[1.0]])
 
 
 @st.composite
@@ -83,6 +115,13 @@ def graphs(draw):
     pairs = st.tuples(st.integers(0, m - 1), st.integers(0, m - 1))
     tree = [(i, draw(st.integers(0, i - 1))) for i in range(1, m)]  # connected
     return topology.from_edges(m, tree + draw(st.lists(pairs, max_size=20)))
+
+
+@given(graphs(), st.booleans())
+def test_so_does_any_connected_graph_and_none_that_falls_apart(graph, split):
+    if split:
+        graph[0] = graph[:, 0] = False
+    check(graph)
 
 
 @given(graphs(), st.integers(1, 6), st.integers(0, 2**32))

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from clients.fedsam import FedSAM
+from fedsim.config import StrategyConfig
 from fedsim.core.errors import ConfigError
 from fedsim.core.program import Batch, Gradient, LocalState
+from fedsim.core.records import from_record
 from strategies.dfedavg import DFedAvg
 from strategies.dfedsam import DFedSAM
+from tests.contract import toy
 
 
 class Quadratic(LocalState):
@@ -37,6 +40,28 @@ def test_golden_sam_step():
     FedSAM(rho=0.1, lr=0.1).step(s, BATCH)
     np.testing.assert_allclose(s.w, [2.694, 0.568], rtol=1e-12)
     np.testing.assert_allclose(s.visited[1] - s.visited[0], [0.06, 0.08], rtol=1e-9)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.1, 3.0])
+def test_the_perturbation_is_as_long_as_its_radius_and_the_step_begins_where_it_was(rho):
+    s = Quadratic([0.3, -0.7])
+    before = s.w
+    FedSAM(rho=rho, lr=0.0).step(s, BATCH)
+    assert torch.equal(s.w, before)  # bit for bit: nothing was added and taken away again
+    moved = s.visited[-1] - s.visited[0]
+    assert float(moved.norm()) == pytest.approx(rho, rel=1e-9)
+
+
+def test_the_second_pass_leaves_batch_statistics_alone():
+    """After one step they are those of plain SGD, however far the perturbed point was."""
+    found = []
+    for rho in (0.0, 5.0):
+        entry = StrategyConfig(name="fedsam", params={"rho": rho})
+        fed = toy.federation(entry, model="bn", rounds=1, train={"max_steps": 1})
+        state = from_record(toy.run(fed).arrays)
+        found.append({n: t for n, t in state.items() if "running" in n or "num_batches" in n})
+    assert len(found[0]) == 3
+    assert all(torch.equal(t, found[1][n]) for n, t in found[0].items())
 
 
 def test_scaling_the_loss_leaves_the_perturbation_unchanged():

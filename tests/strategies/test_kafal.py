@@ -9,7 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flwr.app import ArrayRecord
+from hypothesis import given
+from hypothesis import strategies as st
 
+from clients.kafal import KAFAL as Client
 from clients.kafal import Compensated, compensation, prior_shift
 from fedsim.config import StrategyConfig
 from fedsim.core import rng
@@ -101,6 +104,15 @@ def test_the_best_are_taken_and_ties_are_decided_by_lot():
     zeros = torch.zeros(100)
     first, again = best(zeros, 10, stream()), best(zeros, 10, stream())
     assert first.tolist() == again.tolist() != list(range(10))
+
+
+@given(st.lists(st.floats(0, 9), min_size=1, max_size=30), st.data())
+def test_nothing_better_is_left_than_what_was_taken(scores, data):
+    count = data.draw(st.integers(0, len(scores)))
+    taken = set(best(torch.tensor(scores), count, stream()).tolist())
+    assert len(taken) == count
+    left = [s for i, s in enumerate(scores) if i not in taken]
+    assert not taken or not left or min(scores[i] for i in taken) >= max(left)
 
 
 def test_other_rules_choose_what_they_are_for():
@@ -217,7 +229,7 @@ def test_pools_stay_whole_and_budgets_are_kept(rule):
         assert union.tolist() == pool.rows.sort().values.tolist()
         held = fed.env.data.fields["y"][pool.labelled]
         assert pool.labels.tolist() == held.tolist()
-        assert pool.counts.sum() == len(pool.labelled)
+        assert pool.counts.tolist() == torch.bincount(held, minlength=toy.CLASSES).tolist()
     for client in range(len(toy.SIZES)):
         names = [n for c, asked in oracle.asked if c == client for n in asked]
         assert len(names) == len(set(names))
@@ -302,13 +314,44 @@ def test_a_cold_start_forgets_everything_but_the_pools():
     assert toy.sha256(toy.run(again, 4).arrays) != toy.sha256(progress.arrays)
 
 
+@pytest.mark.parametrize(("share", "mixed"), [(1.0, False), (0.5, True)])
+def test_a_coefficient_of_one_mixes_nothing(share, mixed):
+    """An example mixed with weight 1 is itself, and weighs as the class that is seen in it."""
+    inputs = torch.arange(24.0).view(8, 3)
+    counts = torch.tensor([6.0, 3, 1], dtype=torch.float64)
+
+    class Draw:
+        permutation = staticmethod(np.random.default_rng(0).permutation)
+        beta = staticmethod(lambda a, b, n: np.full(n, share))
+
+    class State:
+        kept = staticmethod(lambda name: None)
+        stream = staticmethod(lambda purpose: Draw)
+        inputs = staticmethod(lambda rows: inputs[rows])
+        outputs = staticmethod(lambda model, x, training: (x - 9) * torch.tensor([1.0, 0, -1]))
+
+    class Unlabelled:
+        unlabelled = torch.arange(8)
+
+    Unlabelled.counts = counts
+    x, target, weight = next(Client(batch_size=8)._mixed(State, Unlabelled, None))
+    found = {tuple(row) for row in x.tolist()} == {tuple(row) for row in inputs.tolist()}
+    assert found != mixed
+    if not mixed:
+        torch.testing.assert_close(weight, compensation(counts).float()[target.argmax(1)])
+
+
 def test_there_is_no_distillation_in_the_first_round_of_a_cycle():
     _, progress = run(rounds_per_cycle=2, rounds=4)
     assert [r["distillation"] > 0 for r in progress.rounds[1:]] == [False, True, False, True]
 
 
-def test_the_teacher_stays_as_it_was():
-    fed, progress = run(rounds_per_cycle=4, rounds=3)
+@pytest.mark.parametrize("model", ["softmax", "bn"])
+def test_the_teacher_stays_as_it_was(model):
+    """Its batch statistics too."""
+    fed = toy.federation(entry(rounds_per_cycle=4), rounds=4, model=model)
+    progress = toy.run(fed, 3)
+    assert progress.rounds[-1]["distillation"] > 0
     before = toy.sha256(progress.arrays)
     fed.advance(progress)
     sent = from_record(fed.grid.context(1).state["KAFAL.global"])

@@ -183,6 +183,65 @@ def test_clients_with_other_classes_have_nothing_to_say_to_each_other():
     assert 0 < row["self_weight"] <= 1 <= row["neighbours"] <= 2.001
 
 
+def own_loss(fed, client):
+    """Loss of the model that a client holds, on its own training examples."""
+    state = from_record(fed.grid.context(client + 1).state["KnFu.model"])
+    model, data = fed.env.model, fed.env.data
+    rows = torch.from_numpy(data.train[client].copy())
+    flat = model.layout.flatten({n: t for n, t in state.items() if n != "$round"})
+    outputs = model.outputs(flat, {}, data.fields["x"][rows])
+    return float(torch.nn.functional.cross_entropy(outputs, data.fields["y"][rows]))
+
+
+def test_without_sharpness_everybody_is_given_the_consensus_of_fedmd():
+    said = {n + 1: {"knowledge": k} for n, k in enumerate(knowledge())}
+    fedmd = FedMD(space="prob")
+    fedmd.round = 1
+    fedmd.setting = toy.federation(entry("fedmd")).setting
+    ours, _ = KnFu(beta=0.0).fused(said)
+    theirs, _ = fedmd.fused(said)
+    for node in said:
+        one, other = (from_record(r[node])["knowledge"] for r in (ours, theirs))
+        torch.testing.assert_close(one, other)
+
+
+def test_the_consensus_serves_neither_of_two_groups_as_the_fusion_does():
+    """Of examples of its own classes, what a client is given to learn, and what it then knows."""
+    options = {"data": grouped(), "train": {"lr": 0.5, "epochs": 10}, "rounds": 1}
+    public = torch.arange(toy.PUBLIC) % 3
+    given, known = [], []
+    for beta in (10.0, 0.0):  # 0: the consensus of FedMD, see above
+        fed = toy.federation(entry(beta=beta), **options)
+        toy.run(fed, 1)
+        fused, _ = fed.strategy.fused(fed.strategy.heard)
+        told = [from_record(fused[n])["knowledge"] for n in sorted(fused)]
+        mine = [public < 2, public < 2, public == 2, public == 2]
+        given.append([
+            float(torch.nn.functional.nll_loss(t[m].log(), public[m]))
+            for t, m in zip(told, mine, strict=True)
+        ])  # fmt: skip
+        known.append([own_loss(fed, c) for c in range(4)])
+    for fusion, consensus in (given, known):
+        assert all(2 * a < b for a, b in zip(fusion, consensus, strict=True)), (fusion, consensus)
+
+
+def test_what_a_client_is_given_changes_no_other():
+    """The third client's digestion is lost; all the others are as if nothing had happened."""
+
+    class Lost(toy.Wrapped):
+        def answer(self, message, reply):
+            digesting = message.content.config_records["config"].get("steps") == "digest"
+            if digesting and message.metadata.dst_node_id == 3:
+                return []
+            return [reply]
+
+    whole, lossy = toy.federation(entry()), toy.federation(entry(), wrap=Lost)
+    rows = [toy.run(fed, 1).rounds[-1] for fed in (whole, lossy)]
+    assert not any(r["abandoned"] for r in rows)
+    others = [c for c in range(7) if c != 2]
+    assert [kept(whole, c) for c in others] == [kept(lossy, c) for c in others]
+
+
 def test_the_estimates_are_near_the_label_distributions():
     data = grouped()
     fed = toy.federation(entry(), data=data, train={"lr": 0.5, "epochs": 10}, rounds=1)
@@ -198,7 +257,8 @@ def test_the_estimates_are_near_the_label_distributions():
 
 def kept(fed, client):
     """The bits of the model that a client holds."""
-    state = from_record(fed.grid.context(client + 1).state["KnFu.model"])
+    grid = getattr(fed.grid, "inner", fed.grid)
+    state = from_record(grid.context(client + 1).state["KnFu.model"])
     return toy.sha256(to_record({n: t for n, t in state.items() if n != "$round"}))
 
 
