@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from fedsim import api, failpoints, journal
 from fedsim.journal import Journal
 from fedsim.results import files
 from fedsim.runner import Run, Task
+from fedsim.runtime.oracles import BOOK
 from tests.faults.runs import comparison_digest, digest, experiment
 
 LOG = Path(os.environ["FL_CRASH_LOG"])
@@ -51,6 +53,7 @@ class Job:
         only: failpoints of that name.
         plant: a fault to plant, one of `PLANTS`.
         sections: of the experiment.
+        book: where an oracle keeps its book; every trial begins a new one.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Job:
     only: str = ""
     plant: str = ""
     sections: dict[str, Any] = field(default_factory=dict)
+    book: str = ""
 
 
 class Work:
@@ -169,6 +173,14 @@ def kill(work: Work, name: str, how: str, at: Any) -> bool:
     return code == KILLED
 
 
+def paid_once(book: Path) -> bool:
+    """Whether every item was asked for once, and answered."""
+    entries = [json.loads(line) for line in (book / BOOK).read_text().splitlines()]
+    asked = [e["item"] for e in entries if "label" not in e]
+    labelled = {e["item"] for e in entries if "label" in e}
+    return len(asked) == len(set(asked)) > 0 and set(asked) == labelled
+
+
 def trials(job: Job) -> dict[str, Any]:
     """Kill, go on until it is finished, compare with what was never killed."""
     if job.plant:
@@ -185,6 +197,8 @@ def trials(job: Job) -> dict[str, Any]:
     while tries < job.points and order:
         at, name = places[order.pop()], f"killed-{tries}"
         try:
+            if job.book:
+                shutil.rmtree(job.book, ignore_errors=True)
             if not kill(work, name, job.how, at):
                 continue
             tries += 1
@@ -193,6 +207,7 @@ def trials(job: Job) -> dict[str, Any]:
             slowest = max(slowest, time.monotonic() - start)
             assert status == 0, f"went on and ended with {status}"
             assert work.digest(name) == wanted, "other bits"
+            assert not job.book or paid_once(Path(job.book)), "paid twice"
         except AssertionError as error:
             failures.append(f"{job.how} {at}: {error}")
     return {"name": job.name, "tries": tries, "places": len(set(map(str, places))),

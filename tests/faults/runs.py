@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from torch import nn
 
 from fedsim.config import Experiment
+from fedsim.core.oracle import Items
 from fedsim.core.packing import pack
 from fedsim.data import FederatedData
 from fedsim.journal import Journal
@@ -27,6 +28,7 @@ MODELS: dict[str, Any] = {
     "bn": "tests.faults.runs:batch_norm",
     "lora": LORA,
     "lora_delta": {**LORA, "delta": True},
+    "prunable": {**LORA, "prunable": True},
 }
 """What the contract's toy models are called in an experiment."""
 
@@ -38,6 +40,11 @@ def batch_norm(data: FederatedData) -> nn.Module:
         nn.Flatten(), nn.Linear(size, 5), nn.BatchNorm1d(5), nn.ReLU(),
         nn.Linear(5, data.num_outputs),
     )  # fmt: skip
+
+
+def labels(items: Items) -> dict[int, int]:
+    """An oracle that knows them all."""
+    return dict(enumerate(items.held.tolist()))
 
 
 def experiment(strategy: dict[str, Any], **sections: Any) -> Experiment:

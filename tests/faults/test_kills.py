@@ -22,6 +22,18 @@ ROOT = Path(__file__).parents[2]
 STATEFUL, ADAM = Row("scaffold"), Row("fedadam", {"eta": 0.01})
 FAMILIES = ("fedavg", "scaffold", "fedap", "fedkseed", "dfedsam", "fedit", "ditto")
 """One model, control variates, clusters, seeds, gossip, adapters, personal models."""
+PHASES = [
+    ("kafal", "oracle.asked", 1),
+    ("kafal", "oracle.answered", 1),
+    ("knfu", "reply.judged", 2),
+    ("gossip_relay", "reply.judged", 1),
+    ("dispfl", "reply.judged", 1),
+    ("fedspine", "reply.judged", 1),
+]
+"""Strategies whose rounds have phases, or whose clients hold what no server has; where, how often.
+
+Replies are judged in every phase, so kills at ``reply.judged`` fall into all of them.
+"""
 SOON = 5.0
 """Seconds from a restart to the first dispatch."""
 STRACE = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
@@ -56,6 +68,11 @@ def job(row: Row, points: int, seed: int, name: str = "", **more: Any) -> dict[s
             "seed": seed, "sections": sections, **more}  # fmt: skip
 
 
+def row_of(name: str) -> Row:
+    """A strategy's row of the contract."""
+    return next(r for r in STRATEGIES if r.strategy == name)
+
+
 def compared(points: int, seed: int, name: str = "comparison", **more: Any) -> dict[str, Any]:
     """Kills of a comparison."""
     return {"name": name, "strategies": [entry(STATEFUL), entry(ADAM)], "points": points,
@@ -75,6 +92,21 @@ def test_kills(tmp_path: Path) -> None:
     found = kill(tmp_path, *jobs)
     assert [f["failures"] for f in found.values()] == [[]] * len(jobs)
     assert [f["tries"] for f in found.values()] == [j["points"] for j in jobs]
+
+
+def test_kills_inside_phases(tmp_path: Path) -> None:
+    """While labels are bought, knowledge is fused, neighbours mix, models are pruned."""
+    jobs = []
+    for seed, (name, place, points) in enumerate(PHASES):
+        made = job(row_of(name), points, seed, f"{name} at {place}", only=place)
+        if place.startswith("oracle"):
+            made["book"] = str(tmp_path / place)
+            asked = {"name": "called", "function": "tests.faults.runs:labels"}
+            made["sections"] |= {"oracle": {**asked, "book": made["book"]}}
+        jobs.append(made)
+    found = kill(tmp_path, *jobs)
+    assert {name: f["failures"] for name, f in found.items()} == {j["name"]: [] for j in jobs}
+    assert [f["tries"] for f in found.values()] == [points for _, _, points in PHASES]
 
 
 def test_planted_faults_are_found(tmp_path: Path) -> None:
@@ -110,8 +142,7 @@ def test_row_1(row: Row, tmp_path: Path, scorecard: Callable[..., None]) -> None
 @pytest.mark.parametrize("name", FAMILIES)
 def test_row_1_by_system_call(name: str, tmp_path: Path, scorecard: Callable[..., None]) -> None:
     """The same from outside: the kernel kills the process at a write, an fsync, a rename, ..."""
-    row = next(r for r in STRATEGIES if r.strategy == name)
-    [found] = kill(tmp_path, job(row, 50, 200, how="call")).values()
+    [found] = kill(tmp_path, job(row_of(name), 50, 200, how="call")).values()
     scorecard("1", f"kills at system calls, {name}", found["tries"], len(found["failures"]))
     assert found["failures"] == []
     assert found["tries"] == 50
