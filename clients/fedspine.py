@@ -13,20 +13,10 @@ from fedsim.core.lora.serving import halves
 from fedsim.core.packets import packet, packet_of
 from fedsim.core.parts import widened
 from fedsim.core.program import Gradient
+from fedsim.core.pruning import Pruning
 from fedsim.core.records import from_record
 from fedsim.core.resident import ResidentProgram, ResidentState
-from fedsim.core.structure import (
-    GATE,
-    Structure,
-    Structures,
-    group_scores,
-    lowered,
-    packed,
-    ramp,
-    removed,
-    sensitivity,
-    unpacked,
-)  # fmt: skip
+from fedsim.core.structure import GATE, group_scores, ramp, sensitivity
 
 TAIL = 5
 """Losses are reported over the first and the last fifth of the steps."""
@@ -43,7 +33,8 @@ class FedSpine(ResidentProgram):
 
     Attributes:
         rank: of the adapter that was sent.
-        target: share of the groups of each structure that is to be gone at the end of the round.
+        target: share that is to be gone at the end of the round.
+        scope: what it is a share of, and where groups compete (`fedsim.core.pruning`).
         interval: steps between two prunings.
         smoothing: how much of the importance so far is kept at each step.
         first: share of the layers, from the input, that is not pruned.
@@ -52,21 +43,21 @@ class FedSpine(ResidentProgram):
 
     rank: int = 1
     target: float = 0.0
+    scope: str = "layer"
     interval: int = 20
     smoothing: float = 0.9
     first: float = 0.1
     last: bool = True
 
-    def structures(self, s: ResidentState) -> tuple[Structures, tuple[Structure, ...]]:
-        """All of the model's, and those that may be pruned."""
-        assert s.info.structures is not None
-        return s.info.structures, s.info.structures.inner(self.first, self.last)
+    def pruning(self, s: ResidentState) -> Pruning:
+        """What may be pruned, and how."""
+        every = s.info.structures
+        assert every is not None
+        return Pruning(every, every.inner(self.first, self.last), self.scope)
 
     def kept(self, s: ResidentState) -> dict[str, Tensor]:
         """Which groups the message says are left."""
-        every, inner = self.structures(s)
-        bits = torch.frombuffer(bytearray(packet_of(s.records["kept"])), dtype=torch.uint8)
-        return every.whole() | unpacked(bits, inner)
+        return self.pruning(s).unpacked(packet_of(s.records["kept"]))
 
     def rebuild(self, s: ResidentState, flat: Tensor, held: bytes | None) -> None:
         """The adapter in its place, and the gates."""
@@ -79,7 +70,7 @@ class FedSpine(ResidentProgram):
 
     def close(self, s: ResidentState, kept: Mapping[str, Tensor]) -> None:
         """Gate off what is gone; nothing of the adapter is left there."""
-        every, _ = self.structures(s)
+        every = self.pruning(s).structures
         for item in every.items:
             s.tensor(f"{item.columns[0]}.{GATE}" if item.columns[0] else GATE).copy_(
                 kept[item.name]
@@ -102,10 +93,9 @@ class FedSpine(ResidentProgram):
 
     def scores(self, s: ResidentState, gradient: Tensor) -> dict[str, Tensor]:
         """Importance of every group that may be pruned, from one gradient."""
-        every, inner = self.structures(s)
-        pairs, view = halves(s.info), s.info.layout.view
-        elements: dict[str, Tensor] = {}
-        for path in {p for item in inner for p in (*item.rows, item.columns[0])}:
+        plan, pairs, view = self.pruning(s), halves(s.info), s.info.layout.view
+        every, elements = plan.structures, dict[str, Tensor]()
+        for path in {p for item in plan.items for p in (*item.rows, item.columns[0])}:
             weight = s.tensor(every.weights[path])
             if path in pairs:
                 a, b = pairs[path]
@@ -115,18 +105,17 @@ class FedSpine(ResidentProgram):
                 )  # fmt: skip
             else:  # no factors, no gradient: by magnitude
                 elements[path] = weight.abs()
-        return {item.name: group_scores(item, elements) for item in inner}
+        return {item.name: group_scores(item, elements) for item in plan.items}
 
     def run(self, s: ResidentState) -> None:
         """Tune, prune, tune."""
-        every, inner = self.structures(s)
-        kept, scores, work = self.kept(s), {i.name: torch.zeros(i.groups) for i in inner}, 0.0
-        gone = sum(int((~kept[i.name]).sum()) for i in inner)
-        begun = gone / max(1, sum(i.groups for i in inner))
-        more = any(removed(self.target, i) > int((~kept[i.name]).sum()) for i in inner)
+        plan, sent = self.pruning(s), self.kept(s)
+        kept, work, begun = sent, 0.0, plan.gone(sent)
+        scores = {i.name: torch.zeros(i.groups) for i in plan.items}
+        more = plan.due(kept, self.target)
         for step, batch in enumerate(s.batches(), 1):
             gradient = s.gradient(batch).dense()
-            work += every.left(kept)
+            work += plan.structures.left(kept)
             if more:
                 for name, now in self.scores(s, gradient).items():
                     if bool(torch.isfinite(now).all()):
@@ -134,16 +123,15 @@ class FedSpine(ResidentProgram):
             self.descend(s, Gradient(gradient))
             if more and (step % self.interval == 0 or step == s.num_steps):
                 share = ramp(step, s.num_steps, begun, max(begun, self.target))
-                kept = lowered(kept, scores, share, inner)
+                kept = plan.lowered(kept, scores, share)
                 self.close(s, kept)
         losses = s.measured
         tail = max(1, len(losses) // TAIL)
         s.metrics["loss_start"] = sum(losses[:tail]) / tail
         s.metrics["loss_end"] = sum(losses[-tail:]) / tail
-        s.metrics["pruned"] = sum(int((~kept[i.name]).sum()) for i in inner) / max(
-            1, sum(i.groups for i in inner)
-        )
+        s.metrics["pruned"] = plan.gone(kept)
         s.metrics["compute"] = work / s.num_steps
         state = {n: s.tensor(n) for n in s.info.layout.names}
-        s.replies["arrays"] = cut(state, s.info, halves(s.info), kept, self.rank)
-        s.replies["kept"] = packet(packed(kept, inner).numpy().tobytes())
+        mine = plan.travelling(sent, kept)
+        s.replies["arrays"] = cut(state, s.info, halves(s.info), mine, self.rank)
+        s.replies["kept"] = packet(plan.packed(kept))

@@ -26,9 +26,10 @@ from fedsim.core.lora.serving import LoRAStrategy
 from fedsim.core.nodes import client_at
 from fedsim.core.packets import Expected, packet, packet_of
 from fedsim.core.policy import Action, check, made, rewards
+from fedsim.core.pruning import SCOPES, Pruning
 from fedsim.core.records import FlatRecord, as_flat, from_record
 from fedsim.core.strategy import Setting
-from fedsim.core.structure import lowered, packed, unpacked
+from fedsim.core.structure import packed
 
 
 class FedSpine(LoRAStrategy):
@@ -43,17 +44,20 @@ class FedSpine(LoRAStrategy):
     them (FedSpine's own variant could not be read). **Reconstructed** from a description: the
     aggregation (`aggregation`, `missing`), the bandit and its reward (`policy`, `fedsim.core
     .policy`). Ours: clients begin each round with new importance, so that they hold no state, and
-    the server remembers who has which groups left. Ranking groups across layers is left out.
-    Time is that of the virtual clock. With ``target = 0`` and one rank it is FlexLoRA (`dense`) or
-    FedIT (`pad`), bit for bit where those run one client after another, as this does.
+    the server remembers who has which groups left. Time is that of the virtual clock. With
+    ``target = 0`` and one rank it is FlexLoRA (`dense`) or FedIT (`pad`), bit for bit where those
+    run one client after another, as this does.
 
     Needs ``model = {name = "lora", prunable = true, ...}``.
 
     Args:
-        target: share of the groups of each structure to be gone in the end.
+        target: share to be gone in the end, of the groups of each structure or as `scope` says.
         step: most that a client prunes in one round.
         interval: local steps between prunings.
         smoothing: of the importance over local steps.
+        scope: ``"layer"``: every structure loses the same share of its groups; ``"global"``: groups
+            compete by importance per weight in the whole model, and `target` is a share of all
+            prunable weights (`fedsim.core.pruning`).
         first: share of the layers, from the input, that is not pruned.
         last: leave the last layer alone.
         policy: how much everybody prunes, and of which rank: ``"ucb_tree"``, ``"fixed"``,
@@ -78,6 +82,7 @@ class FedSpine(LoRAStrategy):
         step: float = 0.1,
         interval: int = 20,
         smoothing: float = 0.9,
+        scope: str = "layer",
         first: float = 0.1,
         last: bool = True,
         policy: str | dict[str, Any] = "ucb_tree",
@@ -95,6 +100,7 @@ class FedSpine(LoRAStrategy):
         require(0 <= smoothing < 1, "smoothing", smoothing, "at least 0 and below 1")
         require(0 <= first < 1, "first", first, "at least 0 and below 1")
         check(policy)
+        require(scope in SCOPES, "scope", scope, " or ".join(SCOPES))
         require(aggregation in AGGREGATIONS, "aggregation", aggregation, " or ".join(AGGREGATIONS))
         known = ("renormalise", "keep_global")
         require(missing in known, "missing", missing, " or ".join(known))
@@ -103,7 +109,7 @@ class FedSpine(LoRAStrategy):
         sound = len(reward) == 3 and min(reward) >= 0 and sum(reward) > 0
         require(sound, "reward", list(reward), "three numbers from 0, not all 0")
         self.target, self.step, self.interval, self.smoothing = target, step, interval, smoothing
-        self.first, self.last, self.asks = first, last, policy
+        self.scope, self.first, self.last, self.asks = scope, first, last, policy
         self.aggregation, self.missing, self.beta, self.eta = aggregation, missing, beta, eta
         self.worth = (reward[0], reward[1], reward[2])
         self.left: dict[int, dict[str, Tensor]] = {}
@@ -120,28 +126,24 @@ class FedSpine(LoRAStrategy):
             ConfigError: the model cannot be pruned, or the oracle is not told a device's speed.
         """
         super().setup(setting)
-        if setting.info.structures is None:
+        every = setting.info.structures
+        if every is None:
             raise ConfigError('fedspine needs model = {name = "lora", prunable = true, ...}')
-        self.structures = setting.info.structures
-        self.inner = self.structures.inner(self.first, self.last)
-        require(bool(self.inner), "first", self.first, "such that a layer is left to prune")
+        self.plan = Pruning(every, every.inner(self.first, self.last), self.scope)
+        require(bool(self.plan.items), "first", self.first, "such that a layer is left to prune")
         self.policy = made(self.asks, self.rank, setting.devices)
 
     def client_config(self) -> dict[str, Any]:
         """How to prune."""
-        return {
+        told = {
             "interval": self.interval, "smoothing": self.smoothing, "first": self.first,
             "last": self.last,
         }  # fmt: skip
+        return told if self.scope == "layer" else {**told, "scope": self.scope}
 
     def kept(self, node: int) -> dict[str, Tensor]:
         """Which groups a node has left."""
-        return self.left.get(node) or self.structures.whole()
-
-    def pruned(self, kept: Mapping[str, Tensor]) -> float:
-        """Share of the prunable groups that is gone."""
-        gone = sum(int((~kept[s.name]).sum()) for s in self.inner)
-        return gone / sum(s.groups for s in self.inner)
+        return self.left.get(node) or self.plan.structures.whole()
 
     def _message(
         self, kind: str, node: int, arrays: ArrayRecord, config: Mapping[str, Any], rank: int,
@@ -151,7 +153,7 @@ class FedSpine(LoRAStrategy):
         state = from_record(as_flat(arrays, self.setting.info.layout))
         content = {
             "arrays": cut(state, self.setting.info, self.modules, kept, rank),
-            "kept": packet(packed(kept, self.inner).numpy().tobytes()),
+            "kept": packet(self.plan.packed(kept)),
         }
         return self.message(kind, content, {**config, "rank": rank, "target": target}, node)
 
@@ -162,7 +164,10 @@ class FedSpine(LoRAStrategy):
         self.sent, self.asked, self.found, self.seconds, messages = arrays, {}, {}, {}, []
         for node in sorted(grid.get_node_ids()):
             draw = rng.stream(self.setting.seed, server_round, client_at(node), "policy")
-            action, gone = self.policy.select(client_at(node), draw), self.pruned(self.kept(node))
+            action, gone = (
+                self.policy.select(client_at(node), draw),
+                self.plan.gone(self.kept(node)),
+            )
             target = gone + action.step * max(0.0, min(self.step, self.target - gone))
             self.asked[node] = action
             told = {**config, "server-round": server_round}
@@ -183,23 +188,18 @@ class FedSpine(LoRAStrategy):
     def expected(self, sent: RecordDict) -> Mapping[str, ArrayRecord]:
         """The adapter in the sizes that the target leaves, and groups of those that were left."""
         config = sent.config_records["config"]
-        bits = torch.frombuffer(bytearray(packet_of(sent.array_records["kept"])), dtype=torch.uint8)
-        before = self.structures.whole() | unpacked(bits, self.inner)
-        nothing = {s.name: torch.zeros(s.groups) for s in self.inner}
-        share = max(self.pruned(before), cast(float, config["target"]))
-        after = lowered(before, nothing, share, self.inner)
-        layout = cut_layout(self.setting.info, self.modules, after, int(cast(int, config["rank"])))
+        before = self.plan.unpacked(packet_of(sent.array_records["kept"]))
+        share = max(self.plan.gone(before), cast(float, config["target"]))
+        nothing = {s.name: torch.zeros(s.groups) for s in self.plan.items}
+        mine = self.plan.travelling(before, self.plan.lowered(before, nothing, share))
+        rank = int(cast(int, config["rank"]))
+        layout = cut_layout(self.setting.info, self.modules, mine, rank)
 
         def check(data: bytes) -> None:
-            found = unpacked(torch.frombuffer(bytearray(data), dtype=torch.uint8), self.inner)
-            for name, mask in found.items():
-                if bool((mask & ~before[name]).any()) or mask.sum() != after[name].sum():
-                    raise ValueError(f"{name}: other groups are left than the server asked for")
+            self.plan.check(before, self.plan.unpacked(data), share)
 
-        return {
-            "arrays": FlatRecord(layout, torch.empty(0)),
-            "kept": Expected(packed(before, self.inner).numel(), check),
-        }
+        size = len(self.plan.packed(before))
+        return {"arrays": FlatRecord(layout, torch.empty(0)), "kept": Expected(size, check)}
 
     def timed(self, node: int, seconds: float) -> None:
         """Note how long a node took."""
@@ -207,12 +207,15 @@ class FedSpine(LoRAStrategy):
 
     def state_of(self, node: int, content: RecordDict) -> Mapping[str, Tensor]:
         """Factors of full shape; what the node has left is noted for `merge`."""
-        bits = torch.frombuffer(
-            bytearray(packet_of(content.array_records["kept"])), dtype=torch.uint8
-        )
-        self.found[node] = self.structures.whole() | unpacked(bits, self.inner)
+        self.found[node] = self.plan.unpacked(packet_of(content.array_records["kept"]))
+        mine = self.plan.travelling(self.kept(node), self.found[node])
         state = from_record(content.array_records["arrays"])
-        return restored(state, self.setting.info, self.modules, self.found[node])
+        whole = restored(state, self.setting.info, self.modules, mine)
+        if mine is self.found[node]:
+            return whole
+        rank = self.asked[node].rank  # what is gone counts as zero, whatever was sent
+        small = cut(whole, self.setting.info, self.modules, self.found[node], rank)
+        return restored(small.state(), self.setting.info, self.modules, self.found[node])
 
     def heard(self, reported: Mapping[int, MetricRecord]) -> None:
         """Keep it for the policy."""
@@ -228,14 +231,14 @@ class FedSpine(LoRAStrategy):
         self._credit(norms)
         self.left |= self.found
         self.last_rank |= {node: self.asked[node].rank for node in self.found}
-        shares = [self.pruned(kept) for kept in self.found.values()]
+        shares = [self.plan.gone(kept) for kept in self.found.values()]
         weighed = [
             w * (1 - p) ** self.beta * n**self.eta
             for w, p, n in zip(weights, shares, norms, strict=True)
         ]
         self.facts["pruned_mean"] = sum(shares) / len(shares)
         self.facts["rank_mean"] = sum(self.asked[n].rank for n in self.found) / len(shares)
-        sides = [self.structures.sides(kept) for kept in self.found.values()]
+        sides = [self.plan.structures.sides(kept) for kept in self.found.values()]
         merged = aggregate(
             adapters, weighed if sum(weighed) > 0 else weights, sides, before, rank,
             self.aggregation, self.missing,
@@ -249,8 +252,8 @@ class FedSpine(LoRAStrategy):
         for node, kept in self.found.items():
             start, end = (cast(float, self.said[node][k]) for k in ("loss_start", "loss_end"))
             gains.append((start - end) / max(abs(start), 1e-8))
-            gone = self.pruned(self.kept(node))
-            progress.append((self.pruned(kept) - gone) / (self.target - gone + 1e-8))
+            gone = self.plan.gone(self.kept(node))
+            progress.append((self.plan.gone(kept) - gone) / (self.target - gone + 1e-8))
         took = [self.seconds.get(node, 0.0) for node in self.found]
         values = rewards(gains, progress, norms, took, self.worth)
         for node, value in zip(self.found, values, strict=True):
@@ -262,7 +265,7 @@ class FedSpine(LoRAStrategy):
             "fedspine": {
                 str(client_at(n)): {
                     "rank": self.last_rank[n],
-                    "pruned": self.pruned(self.kept(n)),
+                    "pruned": self.plan.gone(self.kept(n)),
                     "kept": {k: m.nonzero().flatten().tolist() for k, m in self.kept(n).items()},
                 }
                 for n in sorted(self.left)
@@ -273,7 +276,7 @@ class FedSpine(LoRAStrategy):
         """What everybody has left, ranks, and what the policy learned."""
         return {
             **super().state_dict(),
-            "left": {str(n): packed(kept, self.inner) for n, kept in sorted(self.left.items())},
+            "left": {str(n): packed(k, self.plan.items) for n, k in sorted(self.left.items())},
             "ranks": {str(n): r for n, r in sorted(self.last_rank.items())},
             "policy": self.policy.state_dict(),
         }
@@ -281,7 +284,8 @@ class FedSpine(LoRAStrategy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back (after `setup`)."""
         super().load_state_dict(state)
-        whole = self.structures.whole()
-        self.left = {int(n): whole | unpacked(b, self.inner) for n, b in state["left"].items()}
+        self.left = {
+            int(n): self.plan.unpacked(b.numpy().tobytes()) for n, b in state["left"].items()
+        }
         self.last_rank = {int(n): r for n, r in state["ranks"].items()}
         self.policy.load_state_dict(state["policy"])

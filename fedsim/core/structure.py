@@ -78,6 +78,14 @@ class Structures:
         """Nothing is removed yet."""
         return {s.name: torch.ones(s.groups, dtype=torch.bool) for s in self.items}
 
+    def size(self, structure: Structure) -> int:
+        """Weights that go with one group of a structure."""
+        path, index = structure.columns
+        size = index.shape[1] * self.shapes[path][0]
+        for path, index in structure.rows.items():
+            size += index.shape[0] * index.shape[2] * self.shapes[path][1]
+        return size
+
     def left(self, kept: Kept) -> float:
         """Share of the linear layers' weights that is left, and so of their arithmetic."""
         rows, columns = self.sides(kept)

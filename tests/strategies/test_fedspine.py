@@ -12,7 +12,8 @@ from flwr.app import Message
 from fedsim.core.errors import ConfigError
 from fedsim.core.packets import packet, packet_of
 from fedsim.core.policy import TreeUCB
-from fedsim.core.structure import packed, removed
+from fedsim.core.records import from_record, to_record
+from fedsim.core.structure import removed
 from fedsim.federation import Federation
 from strategies.fedspine import FedSpine
 from tests.contract.rows import Row
@@ -41,9 +42,50 @@ def test_groups_go_round_by_round_and_never_come_back() -> None:
             now = strategy.kept(node)
             assert not any((now[s] & ~old[s]).any() for s in now)
             before[node] = now
-    (item,) = strategy.inner
+    (item,) = strategy.plan.items
     for node in fed.trainers:
         assert int((~strategy.kept(node)[item.name]).sum()) == removed(0.6, item)
+
+
+def test_ranked_in_the_whole_model_groups_go_until_that_share_of_weights_is_gone() -> None:
+    """The adapter travels in the sizes that were asked for; what is gone by then counts as zero."""
+    fed = federation(policy="fixed", target=0.5, scope="global")
+    progress, strategy = fed.begin(), spine(fed)
+    for _ in range(3):
+        asked = {n: int(strategy.kept(n)["2.channels"].sum()) for n in fed.trainers}
+        fed.advance(progress)
+        for node, before in asked.items():
+            assert int(strategy.kept(node)["2.channels"].sum()) <= before
+    assert progress.rounds[-1]["refused"] == 0
+    for node in fed.trainers:
+        kept = strategy.kept(node)["2.channels"]
+        assert int((~kept).sum()) == 3  # of five: a half, to the nearest group
+        message = strategy._message("train", node, progress.arrays, {}, 2)
+        assert tuple(message.content["arrays"]["0.lora_B"].shape) == (2, 2)
+
+
+def test_what_is_sent_of_groups_that_are_gone_counts_as_zero() -> None:
+    params = {"step": 0.4, "interval": 2, "policy": "fixed", "scope": "global"}
+    row = Row("fedspine", params, model="prunable")
+
+    def answer(message: Message, reply: Message, value: float) -> list[Message]:
+        bits = np.frombuffer(packet_of(reply.content["kept"]), np.uint8)
+        gone = np.unpackbits(bits)[:5] == 0
+        state = {n: t.clone() for n, t in from_record(reply.content["arrays"]).items()}
+        assert gone.any()
+        assert not state["0.lora_B"][gone].any()
+        state["0.lora_B"][gone] = value
+        reply.content["arrays"] = to_record(state)
+        return [reply]
+
+    def result(value: float) -> str:
+        def lie(message: Message, reply: Message) -> list[Message]:
+            return answer(message, reply, value)
+
+        fed = row.federation(rounds=1, wrap=lambda grid: Unreliable(grid, [3], lie))
+        return sha256(run(fed).arrays)
+
+    assert result(3.0) == result(0.0)
 
 
 def test_clients_differ_in_what_they_keep() -> None:
@@ -78,7 +120,7 @@ def test_everybody_is_judged_with_its_own_model() -> None:
     messages = fed.strategy.configure_evaluate(5, progress.arrays, fed.told(5), fed.grid)
     for message in messages:
         node, records = message.metadata.dst_node_id, message.content.array_records
-        wanted = packed(spine(fed).kept(node), spine(fed).inner).numpy().tobytes()
+        wanted = spine(fed).plan.packed(spine(fed).kept(node))
         assert packet_of(records["kept"]) == wanted
         left = int(spine(fed).kept(node)["2.channels"].sum())
         assert tuple(records["arrays"]["0.lora_B"].shape) == (left, 2)
@@ -99,15 +141,16 @@ def test_the_oracle_is_told_the_devices() -> None:
     speeds = {"jetson_tx2": 1.0, "workstation": 5.0}
     fed = federation(clock=FLEET, policy={"name": "oracle", "speeds": speeds})
     run(fed)
-    pruned = {n: spine(fed).pruned(spine(fed).kept(n)) for n in fed.trainers}
+    pruned = {n: spine(fed).plan.gone(spine(fed).kept(n)) for n in fed.trainers}
     for node, share in pruned.items():
         assert (share > 0) == (fed.fleet.names[fed.fleet.kind[node - 1]] == "jetson_tx2")
     with pytest.raises(ConfigError, match=r"policy.speeds"):
         federation(clock=FLEET, policy={"name": "oracle", "speeds": {"phone": 1.0}})
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("lie", ["regrown", "more", "bits"])
-def test_a_client_that_lies_about_its_groups_is_refused(lie: str) -> None:
+def test_a_client_that_lies_about_its_groups_is_refused(lie: str, scope: str) -> None:
     """Groups that were gone are back, more are gone than asked for, or the bits are none."""
     bits = {"regrown": [1, 1, 1, 1, 1], "more": [1, 0, 0, 0, 0], "bits": [1] * 16}[lie]
 
@@ -117,7 +160,8 @@ def test_a_client_that_lies_about_its_groups_is_refused(lie: str) -> None:
         reply.content["kept"] = record
         return [reply]
 
-    row = Row("fedspine", {"step": 0.4, "interval": 2, "policy": "fixed"}, model="prunable")
+    params = {"step": 0.4, "interval": 2, "policy": "fixed", "scope": scope}
+    row = Row("fedspine", params, model="prunable")
     fed = row.federation(rounds=2, wrap=lambda grid: Unreliable(grid, [3], answer, [2]))
     progress = run(fed)
     assert progress.rounds[2]["refused"] == 1
