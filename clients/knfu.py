@@ -11,14 +11,9 @@ from fedsim.core.agent import MODEL, Agent, AgentState, Trained
 from fedsim.core.criteria import Criterion
 from fedsim.core.distill import LOSSES
 from fedsim.core.errors import RunError
-from fedsim.core.knowledge import kulsif
+from fedsim.core.knowledge import DIGEST, KNOWLEDGE, ROWS, SUBSET, VOTES, kulsif
 from fedsim.core.program import LocalProgram
 from fedsim.core.records import FlatRecord, from_record, to_record
-
-KNOWLEDGE, DIGEST, VOTES = "knowledge", "public", "votes"
-"""Entries of a reply: what the model says, on which public set, and where it may vote."""
-SUBSET, ROWS = "subset", "rows"
-"""Record and entry that name some of the public examples, by place."""
 
 
 def digest_bytes(digest: str) -> Tensor:

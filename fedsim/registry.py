@@ -34,7 +34,7 @@ STRATEGIES = {
     "gossip_relay": "strategies.relay:GossipRelay",
     "dispfl": "strategies.dispfl:DisPFL",
     "kafal": "strategies.kafal:KAFAL",
-    "active_learning": "strategies.kafal:ActiveLearning",
+    "active_learning": "strategies.active_learning:ActiveLearning",
     "knfu": "strategies.knfu:KnFu",
     "fedmd": "strategies.fedmd:FedMD",
     "selective_fd": "strategies.fedmd:SelectiveFD",
@@ -141,6 +141,7 @@ GIVEN = {
 """Parameters that the framework gives a component, so that an experiment cannot."""
 NEEDY = frozenset(
     {"huggingface", "npz", "plays", "natural_instructions", "dolly", "alpaca", "hf_causal_lm"}
+    | {"hf_encoder", "pydoc_topics"}
     | {"dirichlet", "inner_dirichlet", "size", "grouped_natural", "vertical_size"}
     | {"called", "folder", "isic"}
 )

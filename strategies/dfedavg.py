@@ -11,14 +11,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedsim.core import gossip, rng, topology
+from fedsim.core import gossip, rng
 from fedsim.core.averaging import MetricMean, examples_of, metrics_of
-from fedsim.core.errors import ConfigError
+from fedsim.core.errors import ConfigError, require
 from fedsim.core.nodes import node_of
 from fedsim.core.records import FlatRecord, as_flat, count_bytes
 from fedsim.core.strategy import Aggregate, Served, Strategy
-
-TOPOLOGIES = (*topology.FIXED, "random", "directed_exponential")
+from fedsim.core.topology import Network, Weights, second_eigenvalue
 
 
 class DFedAvg(Strategy):
@@ -61,20 +60,9 @@ class DFedAvg(Strategy):
         edges: list[list[int]] | None = None,
         cuts: list[list[int]] | None = None,
     ) -> None:
-        if topology not in TOPOLOGIES:
-            raise ConfigError(f"topology = {topology!r} must be one of {', '.join(TOPOLOGIES)}")
-        for name, value in {"gossip_steps": gossip_steps, "degree": degree}.items():
-            if value < 1:
-                raise ConfigError(f"{name} = {value} must be 1 or above")
-        if edges is not None and not all(len(e) == 2 for e in edges):
-            raise ConfigError("edges must be pairs of client numbers, such as [[0, 1], [1, 2]]")
-        self.topology, self.gossip_steps, self.degree = topology, gossip_steps, degree
-        for cut in cuts or []:
-            if len(cut) != 3 or not 1 <= cut[0] <= cut[1] or cut[2] < 2:
-                raise ConfigError(
-                    f"cuts = {cuts} must be [first round, last round, parts], parts 2 or more"
-                )
-        self.edges, self.cuts = edges, cuts or []
+        self.network = Network(topology, degree, edges, cuts)
+        require(gossip_steps >= 1, "gossip_steps", gossip_steps, "1 or above")
+        self.gossip_steps = gossip_steps
         self.ids: list[int] = []
         self.nodes = torch.empty(0, 0)
         self.last: dict[str, Any] = {}
@@ -105,28 +93,10 @@ class DFedAvg(Strategy):
             for node in nodes
         ]
 
-    def weights(self, server_round: int, active: Iterable[int]) -> topology.Weights:
+    def weights(self, server_round: int, active: Iterable[int]) -> Weights:
         """The round's gossip matrix, shape [m, m], when only some nodes (by row) are active."""
-        m, active = len(self.ids), list(active)
-        if self.edges is not None:
-            graph = topology.from_edges(m, [(i, j) for i, j in self.edges])
-        elif self.topology == "random":
-            stream = rng.stream(self.seed, server_round, rng.SERVER, "topology")
-            graph = topology.random(m, self.degree, stream)
-        elif self.topology == "directed_exponential":
-            if len(active) == m and not self.parts(server_round):
-                return topology.directed_exponential(m)
-            graph = topology.exponential(m)
-        else:
-            graph = topology.FIXED[self.topology](m)
-        if parts := self.parts(server_round):
-            part = np.arange(m) * parts // m
-            graph = graph & (part[:, None] == part[None, :])
-        return topology.metropolis(topology.among(graph, active))
-
-    def parts(self, server_round: int) -> int:
-        """Into how many parts the network falls in this round; 0: it is whole."""
-        return next((n for first, last, n in self.cuts if first <= server_round <= last), 0)
+        stream = rng.stream(self.seed, server_round, rng.SERVER, "topology")
+        return self.network.weights(len(self.ids), active, server_round, stream)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
         """Mix the nodes' models; the averaged model is what the round loop holds."""
@@ -153,12 +123,12 @@ class DFedAvg(Strategy):
         figures = {
             "consensus_before": gossip.consensus(trained),
             "consensus": gossip.consensus(self.nodes),
-            "spectral_gap": 1.0 - topology.second_eigenvalue(weights),
+            "spectral_gap": 1.0 - second_eigenvalue(weights),
             "peer_bytes": self.gossip_steps * links * self.model_bytes(model),
         }
         return model, MetricRecord({**metrics.record(), **figures})
 
-    def mixed(self, trained: Tensor, weights: topology.Weights) -> Tensor:
+    def mixed(self, trained: Tensor, weights: Weights) -> Tensor:
         """The nodes' models after the round's gossip."""
         return gossip.mix(trained, weights, self.gossip_steps)
 
@@ -186,12 +156,7 @@ class DFedAvg(Strategy):
         self.seed = getattr(self, "seed", 0)
         weights = self.weights(rounds, range(len(self.ids)))
         edges = [[i, j] for i, j in np.argwhere(weights > 0).tolist() if i < j or not weights[j, i]]
-        return {"topology": {"nodes": len(self.ids), "edges": edges, "name": self.name}}
-
-    @property
-    def name(self) -> str:
-        """Name of the topology."""
-        return "edges" if self.edges is not None else self.topology
+        return {"topology": {"nodes": len(self.ids), "edges": edges, "name": self.network.shown}}
 
     def state_dict(self) -> dict[str, Any]:
         """The nodes' models, and which row is whose."""

@@ -13,9 +13,10 @@ from torch import Tensor
 from fedsim.core import rng
 from fedsim.core.averaging import MetricMean, metrics_of
 from fedsim.core.errors import require
+from fedsim.core.knowledge import KNOWLEDGE, ROWS, VOTES
+from fedsim.core.public import Heard, Knowledge
 from fedsim.core.records import to_record
 from fedsim.core.strategy import Aggregate, Exchange, Setting
-from strategies.knfu import KNOWLEDGE, VOTES, Heard, Knowledge
 
 
 class FedMD(Knowledge):
@@ -64,7 +65,7 @@ class FedMD(Knowledge):
         entries = {KNOWLEDGE: said.double().mean(0).to(said.dtype)}
         subset = self.asked_of(self.round)
         if subset is not None:
-            entries["rows"] = subset
+            entries[ROWS] = subset
         record = to_record(entries)
         return dict.fromkeys(heard, record), {}
 
@@ -125,7 +126,7 @@ class SelectiveFD(Knowledge):
         if not clear.any():
             return {}, figures
         rows = clear.nonzero()[:, 0]
-        record = to_record({KNOWLEDGE: mean[rows].to(said.dtype), "rows": rows})
+        record = to_record({KNOWLEDGE: mean[rows].to(said.dtype), ROWS: rows})
         return dict.fromkeys(heard, record), figures
 
 

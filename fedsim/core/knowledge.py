@@ -13,6 +13,10 @@ from torch import Tensor
 
 from fedsim.core.errors import require
 
+KNOWLEDGE, DIGEST, VOTES = "knowledge", "public", "votes"
+"""Entries of a reply: what the model says, on which public set, and where it may vote."""
+SUBSET, ROWS = "subset", "rows"
+"""Record and entry that name some of the public examples, by place."""
 FLOOR = 1e-8
 """Smallest probability in an estimated distribution."""
 

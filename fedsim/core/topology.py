@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.core.errors import ConfigError
+from fedsim.core.errors import ConfigError, require
 
 Graph = NDArray[np.bool_]
 Weights = NDArray[np.float64]
@@ -136,3 +137,74 @@ def second_eigenvalue(weights: Weights) -> float:
     """
     m = len(weights)
     return float(np.linalg.norm(weights - 1.0 / m, 2)) if m > 1 else 0.0
+
+
+NAMES = (*FIXED, "random", "directed_exponential")
+"""Names of the topologies."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """Who is linked with whom in a round.
+
+    Attributes:
+        name: one of `NAMES`.
+        degree: neighbours that each node of the random topology draws.
+        edges: an undirected graph of one's own instead.
+        cuts: rounds in which the network is in parts, as (first, last, number of parts).
+
+    Raises:
+        ConfigError: one of them is out of its range.
+    """
+
+    name: str = "ring"
+    degree: int = 10
+    edges: list[list[int]] | None = None
+    cuts: list[list[int]] | None = None
+
+    def __post_init__(self) -> None:
+        known = f"one of {', '.join(NAMES)}"
+        require(self.name in NAMES, "topology", repr(self.name), known)
+        require(self.degree >= 1, "degree", self.degree, "1 or above")
+        if self.edges is not None and not all(len(e) == 2 for e in self.edges):
+            raise ConfigError("edges must be pairs of client numbers, such as [[0, 1], [1, 2]]")
+        for cut in self.cuts or []:
+            sound = len(cut) == 3 and 1 <= cut[0] <= cut[1] and cut[2] >= 2
+            require(sound, "cuts", self.cuts, "[first round, last round, parts], parts 2 or more")
+
+    @property
+    def shown(self) -> str:
+        """What to call it."""
+        return self.name if self.edges is None else "edges"
+
+    def parts(self, server_round: int) -> int:
+        """Into how many parts the network falls in this round; 0: it is whole."""
+        found = (n for first, last, n in self.cuts or [] if first <= server_round <= last)
+        return next(found, 0)
+
+    def weights(
+        self, m: int, active: Iterable[int], server_round: int, stream: np.random.Generator
+    ) -> Weights:
+        """The round's gossip matrix, shape [m, m], when only some nodes are active.
+
+        Args:
+            m: number of nodes.
+            active: those that take part.
+            server_round: the round.
+            stream: random numbers of the round.
+        """
+        active, parts = list(active), self.parts(server_round)
+        if self.edges is not None:
+            graph = from_edges(m, [(i, j) for i, j in self.edges])
+        elif self.name == "random":
+            graph = random(m, self.degree, stream)
+        elif self.name == "directed_exponential":
+            if len(active) == m and not parts:
+                return directed_exponential(m)
+            graph = exponential(m)  # in which weights can be doubly stochastic again
+        else:
+            graph = FIXED[self.name](m)
+        if parts:
+            part = np.arange(m) * parts // m
+            graph = graph & (part[:, None] == part[None, :])
+        return metropolis(among(graph, active))
