@@ -9,6 +9,7 @@ DATASETS = {
     "npz": "fedsim.data.datasets:npz",
     "isic": "fedsim.data.isic:isic",
     "pydoc": "fedsim.data.text:pydoc",
+    "pydoc_topics": "fedsim.data.text:pydoc_topics",
     "plays": "fedsim.data.text:plays",
     "instruction_tasks": "fedsim.data.instructions:instruction_tasks",
     "natural_instructions": "fedsim.data.instructions:natural_instructions",

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsim.core.errors import DataError
+from fedsim.core.errors import DataError, require
 from fedsim.data.raw import RawData, next_character
+from fedsim.data.tokens import tokenizer_of
 
 
 def pydoc(length: int = 64, min_characters: int = 500) -> RawData:
@@ -27,6 +28,38 @@ def pydoc(length: int = 64, min_characters: int = 500) -> RawData:
 
     kept = {name: text for name, text in sorted(topics.items()) if len(text) >= min_characters}
     return _by_client("pydoc", kept, length, f"data.dataset.min_characters = {min_characters}")
+
+
+def pydoc_topics(tokenizer: str, classes: int = 16, length: int = 32) -> RawData:
+    """Which of Python's help topics a passage is from: its tokens, and the topic as its class.
+
+    Topics are those with most text. They are cut into passages one after another; what is left
+    at the end of a topic is filled up with the token 0 (padding in the BERT family), or left out
+    where it is less than half a passage.
+
+    Args:
+        tokenizer: a Hugging Face model or its folder, or ``"characters"``.
+        classes: how many topics.
+        length: tokens of a passage.
+    """
+    from pydoc_data.topics import topics
+
+    require(2 <= classes <= len(topics), "data.dataset.classes", classes, f"2 to {len(topics)}")
+    require(length >= 2, "data.dataset.length", length, "2 or more")
+    chosen = sorted(sorted(topics, key=lambda name: (-len(topics[name]), name))[:classes])
+    tokens = tokenizer_of(tokenizer, (topics[name] for name in chosen))
+    xs, ys = [], []
+    for label, name in enumerate(chosen):
+        ids = tokens.encode(topics[name])
+        for start in range(0, len(ids) - length // 2 + 1, length):
+            passage = np.zeros(length, np.int64)
+            passage[: len(ids) - start] = ids[start : start + length]
+            xs.append(passage)
+            ys.append(label)
+    meta: dict[str, object] = {"labels": list(chosen), "tokens": tokens.size}
+    return RawData(
+        "pydoc_topics", {"x": np.stack(xs), "y": np.array(ys)}, "cross_entropy", classes, meta=meta
+    )
 
 
 def plays(

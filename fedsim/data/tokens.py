@@ -59,7 +59,9 @@ class Pretrained:
             ) from None
         path = Path(name).expanduser()
         gguf = path.suffix == ".gguf"
-        where, more = (path.parent, {"gguf_file": path.name}) if gguf else (name, {})
+        where: Path | str = path if path.exists() else name
+        more = {"gguf_file": path.name} if gguf else {}
+        where = path.parent if gguf else where
         try:
             self.inner: Any = transformers.AutoTokenizer.from_pretrained(str(where), **more)
         except (OSError, ValueError) as error:
@@ -69,7 +71,8 @@ class Pretrained:
 
     def encode(self, text: str) -> list[int]:
         """Token numbers of a text."""
-        return list(self.inner.encode(text, add_special_tokens=False))
+        # However long: windows are cut out of it later, which the library cannot know.
+        return list(self.inner.encode(text, add_special_tokens=False, verbose=False))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token numbers."""

@@ -11,4 +11,5 @@ MODELS = {
     "char_lstm": "fedsim.models.text:char_lstm",
     "char_gpt": "fedsim.models.text:char_gpt",
     "hf_causal_lm": "fedsim.models.language:hf_causal_lm",
+    "hf_encoder": "fedsim.models.language:hf_encoder",
 }

@@ -1,4 +1,4 @@
-"""Hugging Face causal language models, whole or with adapters, as modules from tokens to scores."""
+"""Hugging Face language models, whole or with adapters, as modules from tokens to scores."""
 
 from __future__ import annotations
 
@@ -77,13 +77,7 @@ def hf_causal_lm(
         quantised is None or quantised in QUANTISED, "model.quantised", quantised,
         " or ".join(QUANTISED),
     )  # fmt: skip
-    try:
-        import transformers
-    except ImportError:
-        raise ConfigError(
-            "model = 'hf_causal_lm' needs the Python package transformers: "
-            "pip install 'fedsim-flower[llm]'"
-        ) from None
+    transformers = _transformers("hf_causal_lm")
     place = Path(path).expanduser()
     if place.suffix == ".gguf":
         place, gguf_file = place.parent, place.name
@@ -108,6 +102,79 @@ def hf_causal_lm(
     if peft is not None:
         inner = _adapted(inner, peft, rank, alpha, tokens, targets)
     return CausalLM(inner, data.num_outputs)
+
+
+class Encoder(nn.Module):
+    """An encoder of the BERT family that classifies: mean of the last states, one linear layer.
+
+    Args:
+        inner: a Hugging Face encoder.
+        classes: outputs.
+    """
+
+    def __init__(self, inner: Any, classes: int) -> None:
+        super().__init__()
+        self.inner, self.padding = inner, int(inner.config.pad_token_id or 0)
+        self.head = nn.Linear(int(inner.config.hidden_size), classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Scores of the classes; [B, T] -> [B, classes]. Padding counts nowhere."""
+        there = (tokens != self.padding).long()
+        states: Tensor = self.inner(input_ids=tokens, attention_mask=there).last_hidden_state
+        weight = there.to(states.dtype)[:, :, None]
+        scores: Tensor = self.head((states * weight).sum(1) / weight.sum(1).clamp_min(1.0))
+        return scores
+
+
+def hf_encoder(data: FederatedData, path: str) -> Encoder:
+    """A pretrained Hugging Face encoder (BERT, MiniLM, RoBERTa) with a new layer for classes.
+
+    Without dropout, whose draws would be nobody's. Alone it is trained whole; as the base of
+    `lora`, with ``head = true``, adapters and the new layer are.
+
+    Args:
+        data: tokens [N, T] and classes; its tokenizer must be the model's.
+        path: id of the hub, or folder.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or does not fit the data.
+    """
+    transformers = _transformers("hf_encoder")
+    if data.criterion != "cross_entropy" or data.fields["x"].dtype != torch.int64:
+        raise ConfigError(
+            f"model = 'hf_encoder' needs tokens with classes; dataset {data.name} has none: "
+            "choose pydoc_topics"
+        )
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    place = Path(path).expanduser()
+    try:
+        inner: Any = transformers.AutoModel.from_pretrained(
+            str(place) if place.exists() else path,
+            attn_implementation="eager",
+            dtype=torch.float32,
+            **none,
+        )
+    except Exception as error:  # the library raises whatever its readers and network layers raise
+        raise ConfigError(f"model.path = {path!r} cannot be loaded: {tame(str(error))}") from None
+    known, used = int(inner.config.vocab_size), int(data.fields["x"].max()) + 1
+    if known < used:
+        raise ConfigError(
+            f"model.path = {path!r} knows {known} tokens; dataset {data.name} has {used}: give "
+            "data.dataset.tokenizer the same model"
+        )
+    inner.pooler = None  # states are averaged instead
+    return Encoder(inner, data.num_outputs)
+
+
+def _transformers(name: str) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(
+            f"model = {name!r} needs the Python package transformers: "
+            "pip install 'fedsim-flower[llm]'"
+        ) from None
+    return transformers
 
 
 def _adapted(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.core.errors import DataError
+from fedsim.core.errors import ConfigError, DataError
 from fedsim.data import RawData
 from fedsim.data.arguments import call
 from fedsim.data.catalogue import DATASETS
@@ -98,6 +98,17 @@ def text_of(raw: RawData, rows) -> str:
     """The text that windows were cut from."""
     x, y = raw.fields["x"][rows], raw.fields["y"][rows]
     return "".join(raw.meta["vocab"][c] for c in [x[0, 0], *y[y != IGNORE]])
+
+
+def test_help_topics_are_classes_of_passages():
+    raw = read("pydoc_topics", tokenizer="characters", classes=4, length=50)
+    x, y = raw.fields["x"], raw.fields["y"]
+    assert x.shape[1:] == (50,)
+    assert set(y.tolist()) == {0, 1, 2, 3}
+    assert raw.meta["labels"] == sorted(raw.meta["labels"])
+    assert ((x == 0).sum(1) <= 25).all()  # padding, less than half of the last passage
+    with pytest.raises(ConfigError, match=r"data\.dataset\.classes = 1 must be 2 to"):
+        read("pydoc_topics", tokenizer="characters", classes=1)
 
 
 @given(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from fedsim.config import DataConfig, Named
 from fedsim.core.criteria import criterion
@@ -104,3 +104,68 @@ def test_what_cannot_be_is_refused(folder: Path, data: FederatedData, tmp_path: 
                      ).save_pretrained(tmp_path / "small")  # fmt: skip
     with pytest.raises(ConfigError, match="knows 8 tokens"):
         model(tmp_path / "small", data)
+
+
+# ---------------------------------------------------------------------------------- encoders
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("encoder")
+    config = BertConfig(
+        vocab_size=128, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=40, hidden_dropout_prob=0.5,
+    )  # fmt: skip
+    with isolated(0):
+        BertModel(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def passages() -> FederatedData:
+    dataset = {"name": "pydoc_topics", "tokenizer": "characters", "classes": 3, "length": 32}
+    return load(DataConfig.model_validate({"dataset": dataset, "clients": 4}), 0)
+
+
+def test_an_encoder_classifies_without_dropout_and_padding(
+    encoder: Path, passages: FederatedData
+) -> None:
+    module = build(Named(name="hf_encoder", params={"path": str(encoder)}), passages, 0).train()
+    x = passages.fields["x"][:5]
+    scores = module(x)
+    assert scores.shape == (5, 3)
+    assert torch.equal(module(x), scores)  # in training mode
+    padded = torch.cat([x, torch.zeros(5, 4, dtype=torch.int64)], 1)
+    torch.testing.assert_close(module(padded), scores, rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_has_adapters_a_head_and_what_can_be_pruned(
+    encoder: Path, passages: FederatedData
+) -> None:
+    params = {"base": "hf_encoder", "base_params": {"path": str(encoder)}, "rank": 2,
+              "head": True, "prunable": True}  # fmt: skip
+    made = FlatModel(build(Named(name="lora", params=params), passages, 0),
+                     criterion("cross_entropy"))  # fmt: skip
+    assert all("lora_" in n or n.startswith("head.") for n in made.layout.trainable)
+    assert made.info.structures is not None
+    assert {s.groups for s in made.info.structures.items} == {4, 24}
+    record, rows = made.initial(), {n: t[:3] for n, t in passages.fields.items()}
+    loss, gradient = made.gradient(record.flat, record.beside, rows, made.criterion)
+    assert torch.isfinite(loss)
+    assert float(gradient.norm()) > 0
+
+
+def test_an_encoder_needs_tokens_with_classes_that_it_knows(
+    encoder: Path, passages: FederatedData, data: FederatedData, tmp_path: Path
+) -> None:
+    def made(path: Path, of: FederatedData) -> object:
+        return build(Named(name="hf_encoder", params={"path": str(path)}), of, 0)
+
+    with pytest.raises(ConfigError, match="needs tokens with classes"):
+        made(encoder, data)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        made(tmp_path / "nothing", passages)
+    BertModel(BertConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                         num_attention_heads=1)).save_pretrained(tmp_path / "small")  # fmt: skip
+    with pytest.raises(ConfigError, match="knows 8 tokens"):
+        made(tmp_path / "small", passages)
