@@ -28,6 +28,7 @@ from fedsim.evaluation import Central
 from fedsim.failpoints import crash_here
 from fedsim.gate import Gate
 from fedsim.intake import Intake, Tally
+from fedsim.patience import Patience
 from fedsim.runtime.choose import Choice, choose
 from fedsim.runtime.fleet import Fleet
 from fedsim.runtime.grid import View
@@ -87,6 +88,8 @@ class Federation:
         self.fleet = Fleet(experiment.clock, env.data.num_clients, seed)
         self.trainers = [node_of(c) for c, n in enumerate(self._train) if c not in heldout and n]
         self.judges = [node_of(c) for c, n in enumerate(self._test) if n]
+        cohort = experiment.cohort
+        self.patience = Patience(cohort.patience, cohort.min_delta, env.data.num_clients)
         self.setting = Setting(
             env.model.info,
             env.data.num_clients,
@@ -121,8 +124,13 @@ class Federation:
         tally = Tally(0, self.env.data.client_names)
         row: Row = {"round": 0, **tally.totals(), "abandoned": False}
         row.update(self.evaluate(0, progress.arrays, tally))
+        self._note(tally)
         self._close(progress, tally, row, 0.0)
         return progress
+
+    def recall(self, progress: Progress) -> None:
+        """Go on from a state that was saved: who rests follows from its rows."""
+        self.patience.recall(progress.rounds, progress.clients)
 
     def advance(self, progress: Progress) -> None:
         """One round; changes `progress` in place."""
@@ -146,10 +154,19 @@ class Federation:
         row.update({"train_loss" if n == "loss" else n: v for n, v in metrics.items()})
         for name in ("steps", "cluster"):
             row.pop(name, None)
+        if self.experiment.cohort.patience is not None:
+            row["resting"] = len(self.trainers) - len(self.patience.awake(self.trainers))
         row.update(self.evaluate(server_round, progress.arrays, tally))
+        if not abandoned:  # else the model is as it was, and says nothing new
+            self._note(tally)
         row.update(self._mark(tally))
         progress.round = server_round
         self._close(progress, tally, row, time.perf_counter() - start)
+
+    def _note(self, tally: Tally) -> None:
+        """Learn from the round's evaluation on the clients, if there was one, who rests."""
+        if tally.judged:
+            self.patience.judge(tally.judged["client"], tally.judged["eval_loss"])
 
     def _mark(self, tally: Tally) -> Row:
         """Note the clients' clusters in their rows; what they give as columns of the round."""
@@ -174,16 +191,20 @@ class Federation:
         """Node ids of the round's cohort, ascending, and how long the server waits for them.
 
         The cohort is the strategy's choice or a seeded sample, taken from the nodes that are
-        connected and whose devices are online. If too few are online at `now`, in simulated
-        seconds since the run began, the round begins later.
+        connected, do not rest, and whose devices are online. If too few are online at `now`, in
+        simulated seconds since the run began, the round begins later.
         """
-        config, population = self.experiment.cohort, len(self.trainers)
+        config, awake = self.experiment.cohort, self.patience.awake(self.trainers)
+        population = len(awake)
+        if not awake:
+            self._goal = 0
+            return [], 0.0
         wanted = config.size or math.ceil((config.fraction or 1.0) * population)
         asked = math.ceil(wanted * (1 + config.overselect))
         gather = getattr(self.grid, "gather", None)
         if gather is not None:  # nodes in other processes come and go
-            gather(self.trainers, self.collector.quorum(min(population, wanted)))
-        waited, there = self.fleet.wait(now, self._present(self.trainers), asked)
+            gather(awake, self.collector.quorum(min(population, wanted)))
+        waited, there = self.fleet.wait(now, self._present(awake), asked)
         chosen = self.strategy.sample(server_round, there)
         if chosen is not None:
             self._goal = len(chosen)
@@ -323,7 +344,7 @@ class Federation:
             if together is None
             else judgements(together[1], self.intake.gate, self._test)
         )
-        if not tally.judged:
+        if not len(tally.judged.get("eval_loss", ())):
             return {}
         losses, accuracies = tally.judged["eval_loss"], tally.judged["eval_accuracy"]
         result: Row = {"client_loss": float(np.mean(losses))}

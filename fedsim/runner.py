@@ -287,7 +287,9 @@ class Run:
         self._status("running", snapshot.round)
         clients = snapshot.client_rows
         clients = clients if isinstance(clients, Rows) else Rows([Chunk.of(clients)])
-        return Progress(snapshot.round, arrays, snapshot.rounds, clients, snapshot.timings)
+        progress = Progress(snapshot.round, arrays, snapshot.rounds, clients, snapshot.timings)
+        self.federation.recall(progress)
+        return progress
 
     def _status(self, state: str, done: int, reason: str | None = None) -> None:
         self.writer.write_status(

@@ -153,6 +153,10 @@ class CohortConfig(Section):
     """Seconds after which a reply is late; none: wait for all."""
     overselect: float = Field(default=0.0, ge=0, le=10)
     """Share of the cohort that is asked in addition, so that late ones can be spared."""
+    patience: int | None = Field(default=None, ge=1, le=10**7)
+    """Evaluations in a row that bring a client no lower loss, before it rests; none: never."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """By how much a loss must fall to be lower, for `patience`."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
@@ -377,6 +381,9 @@ class Experiment(Section):
         size, clients = self.cohort.size, self.data.clients
         if size and clients and size > clients:
             yield ("cohort", "size"), "must not be above data.clients", size
+        if self.cohort.patience and not (self.evaluate.clients and self.evaluate.clients_every):
+            problem = "needs evaluate.clients_every (with clients = true): its loss tells who rests"
+            yield ("cohort", "patience"), problem, self.cohort.patience
         if self.tune and set(self.tune.seeds) & set(self.experiment.seeds):
             problem = "must not be among experiment.seeds: a choice is not judged on its own seeds"
             yield ("tune", "seeds"), problem, self.tune.seeds
