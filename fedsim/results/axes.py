@@ -39,6 +39,16 @@ def room(labels: Sequence[str], least: float = 0) -> float:
     return max([least, *widths])
 
 
+def stack(labels: Sequence[str]) -> float:
+    """Units that some labels take, one below the other."""
+    return LINE * sum(wrap(label).count("\n") + 1 for label in labels)
+
+
+def canvas_for_ends(labels: Sequence[str]) -> tuple[Figure, Axes]:
+    """A canvas with room for lines that are named where they end, by `label_ends`."""
+    return style.canvas(max(320.0, stack(labels) + 80), right=room(labels) + 22)
+
+
 def label_ends(axes: Axes, ends: Sequence[tuple[str, float, float, int]]) -> None:
     """Name each line where it ends; names are moved apart, the least possible, to be readable.
 
@@ -54,8 +64,8 @@ def label_ends(axes: Axes, ends: Sequence[tuple[str, float, float, int]]) -> Non
     heights = np.array([LINE * (text.count("\n") + 1) for text in texts])
     order = np.argsort(points[:, 1], kind="stable")
     places = np.empty(len(ends))
-    places[order] = _apart(points[order, 1], heights[order])
     width, height = figure.bbox.width, figure.bbox.height
+    places[order] = _apart(points[order, 1], heights[order], height)
     for (_, _, _, index), text, (x, y), place in zip(ends, texts, points, places, strict=True):
         shade = style.colour(index)
         axes.plot(
@@ -72,16 +82,18 @@ def label_ends(axes: Axes, ends: Sequence[tuple[str, float, float, int]]) -> Non
         )  # fmt: skip
 
 
-def _apart(y: Floats, heights: Floats) -> Floats:
-    """Places closest to ascending `y` (least squares) at which lines of text do not overlap."""
+def _apart(y: Floats, heights: Floats, room: float) -> Floats:
+    """Places from 0 to `room`, closest to ascending `y` (least squares), without overlap."""
     offsets = np.concatenate([[0.0], np.cumsum((heights[1:] + heights[:-1]) / 2)])
-    return np.asarray(isotonic_regression(y - offsets).x) + offsets
+    low, high = heights[0] / 2, room - heights[-1] / 2 - offsets[-1]
+    return np.clip(isotonic_regression(y - offsets).x, low, max(low, high)) + offsets
 
 
 def rows(labels: Sequence[str], *, right: float = 24, top: float = 14) -> tuple[Figure, Axes]:
     """A canvas with one named row for each label, the first on top, and room for a bar below."""
     left = room(labels, 40) + 14
-    row = min(64.0, max(36.0, 260 / len(labels)))
+    tallest = max((stack([label]) for label in labels), default=LINE)
+    row = max(min(64.0, max(36.0, 260 / len(labels))), tallest + 6)
     height = top + 46 + row * len(labels)
     figure, axes = style.canvas(height, left, right, top, 46)
     axes.set_ylim(len(labels) - 0.4, -0.55)
@@ -122,6 +134,7 @@ def y_limits(axes: Axes, values: Floats) -> None:
     low, high = float(values.min()), float(values.max())
     if low > 0 and high / low > 50:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: words.number(y)))
         axes.set_ylim(low / 1.2, high * 1.2)
         return
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,6 +25,8 @@ from fedsim.results.store import Floats
 
 Axis = Literal["rounds", "bytes", "seconds"]
 POINTS = 240
+LEGEND = 8
+"""Strategies of which a legend finds room inside a picture."""
 
 _AXES = {
     "rounds": "round",
@@ -100,7 +102,7 @@ def curves(
     told = ", ".join(f"{c.label} {words.number(y)}" for c, y in zip(drawn, ends, strict=True))
     alt = f"Line chart of {name} against {_AXES[axis]}. Means at the end: {told}."
     with style.drawing():
-        figure, axes = style.canvas(right=ax.room([c.label for c in drawn]) + 22)
+        figure, axes = ax.canvas_for_ends([c.label for c in drawn])
         for c in drawn:
             index = runs.colour(c.label)
             shade = style.colour(index)
@@ -172,8 +174,9 @@ def clients_ecdf(runs: Runs) -> Picture | None:
     pooled = {label: values for label, values in pooled.items() if len(values)}
     medians = ", ".join(f"{k} {words.number(float(np.median(v)))}" for k, v in pooled.items())
     alt = f"Cumulative distribution of {column} over clients. Medians: {medians}."
+    many = len(pooled) > LEGEND
     with style.drawing():
-        figure, axes = style.canvas(right=24)
+        figure, axes = ax.canvas_for_ends(list(pooled)) if many else style.canvas(right=24)
         worst = (0, 0.1) if column == "accuracy" else (0.9, 1)
         axes.axhspan(*worst, color=style.FAINT[0], alpha=0.5, linewidth=0)
         for label, values in pooled.items():
@@ -182,7 +185,8 @@ def clients_ecdf(runs: Runs) -> Picture | None:
             keep = np.unique(np.linspace(0, len(values), POINTS).round().astype(int))
             steps = np.concatenate([values[:1], values])
             axes.plot(
-                steps[keep], share[keep], drawstyle="steps-post", label=_shown_label(label),
+                steps[keep], share[keep], drawstyle="steps-post",
+                label=_shown_label(label, 18 if many else 30),
                 color=style.colour(index), linestyle=style.dash(index), linewidth=1.8,
             )  # fmt: skip
         axes.set_ylim(0, 1)
@@ -193,7 +197,9 @@ def clients_ecdf(runs: Runs) -> Picture | None:
         axes.set_xlabel(f"{column} on the client's own held-out examples{_arrow(column)}")
         place: Literal["upper left", "lower right"]
         place = "upper left" if column == "accuracy" else "lower right"
-        legend = axes.legend(loc=place, frameon=False, handlelength=1.6, borderaxespad=0.2)
+        beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        where = beside if many else {"loc": place}
+        legend = axes.legend(**where, frameon=False, handlelength=1.6, borderaxespad=0.2)
         for text, label in zip(legend.get_texts(), pooled, strict=True):
             text.set(color=style.colour(runs.colour(label)), fontweight="bold")
         picture = style.svg(figure, alt)
@@ -257,7 +263,7 @@ def sweep(groups: Sequence[Runs], column: str) -> Picture | None:
     key = ", ".join(groups[0].setting)
     alt = f"Final {name} against {key}: {told}."
     with style.drawing():
-        figure, axes = style.canvas(right=ax.room(list(drawn)) + 22)
+        figure, axes = ax.canvas_for_ends(list(drawn))
         ends, step = [], 0.5 / max(4, len(drawn))
         for n, (label, row) in enumerate(drawn.items()):
             index = groups[0].colour(label)
@@ -302,9 +308,9 @@ def _pooled(runs: Runs, label: str, column: str) -> Floats:
     return pooled[np.isfinite(pooled)]
 
 
-def _shown_label(label: str) -> str:
+def _shown_label(label: str, width: int) -> str:
     """A label that a legend shows, even if it starts with an underscore."""
-    return ("\u200b" if label.startswith("_") else "") + ax.wrap(label, 30)
+    return ("\u200b" if label.startswith("_") else "") + ax.wrap(label, width)
 
 
 def _arrow(column: str) -> str:

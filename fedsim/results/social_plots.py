@@ -78,7 +78,7 @@ def consensus(runs: Runs, labels: Sequence[str]) -> Picture | None:
     told = ", ".join(f"{label} {words.number(v[-1])}" for label, _, v in drawn)
     alt = f"Line chart of the consensus distance against rounds, log scale. At the end: {told}."
     with style.drawing():
-        figure, axes = style.canvas(right=ax.room([d[0] for d in drawn]) + 22)
+        figure, axes = ax.canvas_for_ends([d[0] for d in drawn])
         for label, rounds, mean in drawn:
             index = runs.colour(label)
             shade, dash = style.colour(index), style.dash(index)
@@ -115,7 +115,7 @@ def budgets(runs: Runs, found: Mapping[str, tuple[Floats, Floats]], metric: str)
     told = ", ".join(f"{label} {words.number(y[:, -1].mean())}" for label, (_, y) in drawn.items())
     alt = f"Line chart of {name} against labels. With the largest budget: {told}."
     with style.drawing():
-        figure, axes = style.canvas(right=ax.room(list(drawn)) + 22)
+        figure, axes = ax.canvas_for_ends(list(drawn))
         for label, (x, y) in drawn.items():
             index = runs.colour(label)
             shade, mean = style.colour(index), y.mean(0)

@@ -92,6 +92,14 @@ class Summary:
         """The tests on the metric's final value."""
         return self.tests.get(self.metric, [])
 
+    @property
+    def ranked(self) -> list[Line]:
+        """Strategies with a finite final value, the best mean first."""
+        known = [(line.final.mean, line) for line in self.lines if line.final]
+        finite = [(mean, line) for mean, line in known if math.isfinite(mean)]
+        sign = -1 if self.higher_is_better else 1
+        return [line for _, line in sorted(finite, key=lambda item: sign * item[0])]
+
 
 def summarise(runs: Runs, test: Test = "sign_flip") -> Summary:
     """All numbers of one group of runs."""
@@ -182,10 +190,7 @@ def _reach(runs: list[Run], metric: str, target: float, higher: bool) -> Reach:
 
 def finding(summary: Summary) -> str:
     """The result in plain language, with its uncertainty, or why there is none."""
-    ranked = sorted(
-        (line for line in summary.lines if line.final and math.isfinite(line.final.mean)),
-        key=lambda line: -line.final.mean if summary.higher_is_better else line.final.mean,  # type: ignore[union-attr]
-    )
+    ranked = summary.ranked
     if not ranked:
         return "No run has finished with a value to compare."
     digits = words.decimals(line.final for line in summary.lines)

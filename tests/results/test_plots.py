@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from fedsim.results import contrasts, plots
-from fedsim.results.blocks import Picture
+from fedsim.results.blocks import Details, Picture, Pictures
 from fedsim.results.groups import Runs
+from fedsim.results.parts import tests
 from fedsim.results.store import find_runs
 from fedsim.results.summary import summarise
 
@@ -92,6 +93,37 @@ def test_pictures_of_the_comparison(group: Runs) -> None:
         assert len(picture.svg) < 60_000
     assert "too few seeds" in words_in(pictures[3])  # type: ignore[arg-type]
     assert "FedLD − FedAvg" in words_in(pictures[3])  # type: ignore[arg-type]
+
+
+def test_many_strategies_are_all_named_and_the_best_one_is_compared(
+    tmp_path: Path, written: Any
+) -> None:
+    names = [f"strategy number {i} of many" for i in range(12)]
+    for i, name in enumerate(names):
+        for seed in range(2):
+            rows = [{"accuracy": 0.1}, {"accuracy": 0.5 + i / 100 + seed / 1000}]
+            written(tmp_path / f"{i}-{seed}", name, seed, rows)
+    runs = Runs(find_runs(tmp_path))
+    curve = plots.curves(runs, "accuracy")
+    assert curve is not None
+    box = ET.fromstring(curve.svg).get("viewBox")
+    assert box is not None
+    assert float(box.split()[-1]) > 12 * 2 * 14  # two lines a name
+    section = tests.tests(runs)
+    assert section is not None
+    [shown] = [b for b in section.blocks if isinstance(b, Pictures)]
+    [picture] = shown.pictures
+    assert picture.alt.count(f"{names[-1]} − ") == 11
+    assert picture.alt.count(" − ") == 11
+    assert any(isinstance(b, Details) and b.summary == "All 66 pairs" for b in section.blocks)
+
+
+def test_small_numbers_on_a_log_axis_are_written_out(tmp_path: Path, written: Any) -> None:
+    written(tmp_path, "a", 0, [{"loss": 10.0 ** -(i / 10)} for i in range(31)])
+    picture = plots.curves(Runs(find_runs(tmp_path)), "loss")
+    assert picture is not None
+    assert "0.01" in words_in(picture)
+    assert "{" not in words_in(picture)
 
 
 def test_the_same_runs_give_the_same_bytes(comparison: Path) -> None:

@@ -123,10 +123,19 @@ def test_a_file_of_its_own_carries_its_style() -> None:
 
 
 def test_labels_at_line_ends_do_not_overlap() -> None:
-    places = ax._apart(np.array([10.0, 11.0, 12.0, 100.0]), np.full(4, 14.0))
+    places = ax._apart(np.array([30.0, 31.0, 32.0, 100.0]), np.full(4, 14.0), 200)
     assert np.diff(places).min() >= 14 - 1e-9
-    assert places[:3].mean() == pytest.approx(11)
+    assert places[:3].mean() == pytest.approx(31)
     assert places[3] == 100
+
+
+def test_labels_at_line_ends_stay_on_the_picture() -> None:
+    heights = np.array([14.0, 28.0, 14.0])
+    for y in (0.0, 50.0, 100.0):
+        places = ax._apart(np.full(3, y), heights, 100)
+        assert (places - heights / 2).min() >= 0
+        assert (places + heights / 2).max() <= 100
+        assert np.diff(places).tolist() == [21, 21]
 
 
 def test_long_labels_are_wrapped() -> None:

@@ -13,6 +13,9 @@ from fedsim.results.sections import section
 from fedsim.results.statistics import Pair, by_size, seeds_needed
 from fedsim.results.summary import summarise
 
+MOST = 8
+"""Strategies of which all pairs are drawn; of more, the pairs of the best one with the others."""
+
 
 @section(order=300)
 def tests(runs: Runs) -> Section | None:
@@ -21,16 +24,20 @@ def tests(runs: Runs) -> Section | None:
     if len(summary.lines) < 2 or not summary.pairs:
         return None
     blocks: list[Block] = [Text(_method(summary.pairs))]
-    blocks += shown(
-        [
-            contrasts.differences(runs, summary.pairs, summary.metric),
-            contrasts.matrix(runs, summary.pairs, summary.metric),
-        ]
-    )
+    many, drawn, metric = len(summary.lines) > MOST, summary.pairs, summary.metric
+    if many and summary.ranked:
+        best = summary.ranked[0].label
+        drawn = [pair for pair in summary.pairs if best in (pair.a, pair.b)]
+        blocks.append(Text(f"Drawn are the pairs of the best strategy, {best}; all are listed."))
+    pictures = [contrasts.differences(runs, drawn, metric)]
+    if not many:
+        pictures.append(contrasts.matrix(runs, drawn, metric))
+    blocks += shown(pictures)
     for column, pairs in summary.tests.items():
         table = _table(runs, column, pairs)
-        if column == summary.metric:
-            blocks.append(table)
+        if column == metric:
+            named = f"All {len(pairs)} pairs"
+            blocks.append(Details(named, (table,)) if many else table)
         else:
             blocks.append(Details(f"The same for the final {words.name(column)}", (table,)))
     numbers = {
