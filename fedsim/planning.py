@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
+from flwr.app import Message
 
 from fedsim.client_app import ProgramApp
+from fedsim.collector import RoundAbandoned
 from fedsim.config import ClockConfig, Experiment
+from fedsim.core.errors import RunError
 from fedsim.core.records import count_bytes
 from fedsim.federation import Federation
 from fedsim.intake import Tally
@@ -91,12 +96,7 @@ def plan(experiment: Experiment) -> Plan:
         nodes, _ = fed.cohort(1)
         cohort = max(cohort, len(nodes))
         messages = next(fed.strategy.exchange(1, progress.arrays, fed.told(1), View(grid, nodes)))
-        tally = Tally(1, own.data.client_names)
-        replies = iter(fed.collector.admitted(messages[:PROBED], tally, 0))
-        reply = next(replies)
-        start = time.perf_counter()
-        more = sum(1 for _ in replies)
-        one = (time.perf_counter() - start) / max(more, 1)
+        reply, one = _probe(fed, messages[:PROBED], entry.label)
         down = sum(count_bytes(m.content) for m in messages)
         costs.append(
             Cost(
@@ -122,6 +122,26 @@ def plan(experiment: Experiment) -> Plan:
         tuple(costs),
         variants * sum(c.seconds * (seeds + t) for c, t in zip(costs, tuning, strict=True)),
     )
+
+
+def _probe(fed: Federation, messages: Sequence[Message], label: str) -> tuple[Message, float]:
+    """A reply to one of these messages, and the seconds that a client takes.
+
+    Raises:
+        RunError: the gate lets none of the replies in, as it would in every round.
+    """
+    tally, more = Tally(1, fed.env.data.client_names), -1
+    start, reply = 0.0, None
+    with suppress(RoundAbandoned):  # a few clients are no quorum
+        for more, reply in enumerate(fed.collector.admitted(messages, tally, 0)):  # noqa: B007
+            start = start or time.perf_counter()
+    if reply is None:
+        reason = next((r["reason"] for r in tally.rows.values() if r.get("reason")), "no reply")
+        raise RunError(
+            f"{label}: what its clients send back is refused ({reason}), so that every round would "
+            "be abandoned; try a smaller train.lr, or look at the parameters of the strategy"
+        )
+    return reply, (time.perf_counter() - start) / max(more, 1)
 
 
 def _tuning_runs(experiment: Experiment) -> list[int]:
