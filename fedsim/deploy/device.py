@@ -115,18 +115,10 @@ class Supervisor:
         pause = FIRST_PAUSE
         while not self._stop.is_set():
             started = time.monotonic()
-            before = self._before()
-            self._tidy()
-            with Group(self.folder) as group:
-                node = group.start(
-                    "supernode",
-                    self._command(before),
-                    env={"FLWR_HOME": str(self.folder / "flwr")},
-                )
-                self._note("running", pid=node.pid)
-                while node.poll() is None and not self._stop.wait(0.2):
-                    pass
-                code = node.poll()
+            try:
+                code: int | str | None = self._until_it_ends()
+            except OSError as error:  # a full disk, no memory: nobody is there to start us again
+                code = error.strerror or str(error)
             if self._stop.is_set():
                 break  # asked to end, a SuperNode tells the server so
             pause = FIRST_PAUSE if time.monotonic() - started > LASTED else pause * 2
@@ -134,6 +126,21 @@ class Supervisor:
             self._stop.wait(min(pause, LONGEST_PAUSE))
             self.restarts += 1
         self._note("stopped")
+
+    def _until_it_ends(self) -> int | None:
+        """Run the SuperNode once; its exit code, None if it was stopped."""
+        before = self._before()
+        self._tidy()
+        with Group(self.folder) as group:
+            node = group.start(
+                "supernode",
+                self._command(before),
+                env={"FLWR_HOME": str(self.folder / "flwr")},
+            )
+            self._note("running", pid=node.pid)
+            while node.poll() is None and not self._stop.wait(0.2):
+                pass
+            return node.poll()
 
     def _before(self) -> int | None:
         """The node that was here before, which the SuperLink may believe to be there still."""
@@ -159,7 +166,7 @@ class Supervisor:
     def _note(self, state: str, **more: Any) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%S")
         line = {"time": now, "state": state, "restarts": self.restarts, **more}
-        with (self.folder / "supervisor.log").open("a") as log:
+        with suppress(OSError), (self.folder / "supervisor.log").open("a") as log:
             log.write(json.dumps(line) + "\n")
 
 

@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 
@@ -157,6 +159,32 @@ def test_a_killed_supervisor_leaves_nothing(folder: Path) -> None:
     assert until(lambda: device.status(folder)["state"] == "killed")
     device.start(folder)  # the next one is not in its way
     assert until(lambda: len(starts(folder)) == 2)
+
+
+def test_a_full_disk_is_waited_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No log can be opened for a while: the supervisor stays, and tries again."""
+    start, failures = Group.start, iter([OSError(28, "No space left on device")] * 2)
+
+    def failing(self: Group, *args: Any, **kwargs: Any) -> Any:
+        error = next(failures, None)
+        if error is not None:
+            raise error
+        return start(self, *args, **kwargs)
+
+    monkeypatch.setattr(Group, "start", failing)
+    monkeypatch.setattr(device, "FIRST_PAUSE", 0.01)
+    made = device.Supervisor(folder)
+    thread = threading.Thread(target=made.run)
+    thread.start()
+    try:
+        assert until(lambda: len(starts(folder)) == 1)
+    finally:
+        made.stop()
+        thread.join()
+    log = (folder / "supervisor.log").read_text().splitlines()
+    said = [(line["state"], line.get("code")) for line in map(json.loads, log)]
+    assert said[:2] == [("restarting", "No space left on device")] * 2
+    assert [state for state, _ in said[2:]] == ["running", "stopped"]
 
 
 def test_what_was_half_unpacked_is_unpacked_again(folder: Path) -> None:
