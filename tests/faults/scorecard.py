@@ -19,8 +19,18 @@ def bound(tries: int, failures: int) -> float:
 
 
 def table(lines: Iterable[Line]) -> list[str]:
-    """The lines as a table in Markdown."""
+    """The lines as a table in Markdown; those of the same trials, made in parts, are summed."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    for row, what, tries, failures in lines:
+        total = sums.setdefault((row, what), [0, 0])
+        total[0] += tries
+        total[1] += failures
     shown = ["| row | what | N | failures | failure rate, 95 % bound |", "|---|---|--:|--:|--:|"]
-    for row, what, tries, failures in sorted(lines, key=lambda x: (float(x[0]), x[1])):
+    for (row, what), (tries, failures) in sorted(sums.items(), key=_place):
         shown.append(f"| {row} | {what} | {tries} | {failures} | {bound(tries, failures):.2%} |")
     return shown
+
+
+def _place(line: tuple[tuple[str, str], list[int]]) -> tuple[float, str]:
+    (row, what), _ = line
+    return float(row), what
