@@ -105,6 +105,7 @@ class Deployment:
         self._started: dict[str, float] = {}
         self._hasty: dict[str, int] = {}
         self._runs = 0
+        self._dead: list[str] = []
 
     def _keep_logs(self) -> None:
         """The logs of the start before this one stay beside the new ones."""
@@ -275,6 +276,8 @@ class Deployment:
         while process.poll() is None:
             shown = self._show(name, shown)
             owner = _owner(out)
+            if owner not in (None, before):
+                self._end_the_dead()
             killed = owner not in (None, before) and is_gone(owner or 0) and not _over(out)
             if owner in (None, before) and time.monotonic() > started + BEGUN:
                 return f"it did not start within {BEGUN:g} s; {self.group.tail('superlink')}"
@@ -282,7 +285,7 @@ class Deployment:
                 self.group.until(self._answers, "starting again", READY)
                 killed = True
             if killed:
-                self._cancel(name)
+                self._dead += self._numbers(name)
                 break
             time.sleep(0.3)
         self._show(name, shown)
@@ -295,12 +298,19 @@ class Deployment:
             reasons = [" ".join(framed) or self.group.tail(name)]
         return reasons[-1] if reasons else None
 
-    def _cancel(self, name: str) -> None:
-        """Tell the SuperLink that a run is over, so that devices do not work for it in vain."""
+    def _numbers(self, name: str) -> list[str]:
+        """Flower's number of the run that a ``flwr run`` has started; none yet: empty."""
         text = (self.group.logs / f"{name}.log").read_text(errors="replace")
-        found = re.search(r"started run (\d+)", text)
-        if found:
-            self.flwr("stop", found[1], "here")
+        return re.findall(r"started run (\d+)", text)[:1]
+
+    def _end_the_dead(self) -> None:
+        """Tell the SuperLink which runs are over, so that devices do not work for them in vain.
+
+        Not before the next server's program is up: that is what everybody waits for.
+        """
+        for number in self._dead:
+            self.flwr("stop", number, "here")
+        self._dead.clear()
 
     def _show(self, name: str, shown: int) -> int:
         """Show whole lines of the log from a place on; the place up to where it was shown."""
