@@ -31,6 +31,8 @@ class Row:
         train: keys of ``[train]`` that differ.
         optimises: the server adds momentum or a step of its own, so that identical replies do not
             give that reply back.
+        refactors: what comes back is the same function in other parameters: in other factors, or
+            merged into the base.
         rounding: relative difference to allow where an equality holds up to rounding: 0 for
             strategies that sum models in float64, more for those that add float32 updates.
         fewest: fewest replies that the strategy aggregates.
@@ -42,6 +44,7 @@ class Row:
     model: str = "softmax"
     train: Mapping[str, Any] = field(default_factory=dict)
     optimises: bool = False
+    refactors: bool = False
     rounding: float = 0.0
     fewest: int = 1
     packed: bool = False
@@ -122,11 +125,11 @@ ROWS = [
     Row("fedzo", {"eps": 1e-3}),
     Row("fedit", model="lora", rounding=ULP),
     Row("fedit", model="lora_delta", rounding=ULP),
-    Row("flora", model="lora_delta", optimises=True),
-    Row("flora", {"ranks": [1, 2]}, model="lora_delta", optimises=True),
-    Row("fedex_lora", model="lora_delta", optimises=True),
-    Row("flexlora", model="lora", optimises=True),
-    Row("flexlora", {"ranks": [2, 1]}, model="lora", optimises=True),
+    Row("flora", model="lora_delta", refactors=True, rounding=1e-5),
+    Row("flora", {"ranks": [1, 2]}, model="lora_delta", refactors=True, rounding=1e-5),
+    Row("fedex_lora", model="lora_delta", refactors=True, rounding=1e-5),
+    Row("flexlora", model="lora", refactors=True, rounding=1e-5),
+    Row("flexlora", {"ranks": [2, 1]}, model="lora", refactors=True, rounding=1e-5),
     Row("hetlora", model="lora", rounding=ULP),
     Row("hetlora", {"gamma": 0.5, "penalty": 0.1}, model="lora", rounding=ULP),
     Row("ffa_lora", model="lora"),
@@ -134,7 +137,10 @@ ROWS = [
     Row("fedsa_lora", model="lora"),
     Row("lora_lego", model="lora", rounding=ULP),
     Row("lora_lego", {"parameter_reweight": True, "gamma_max": 1.1}, model="lora", rounding=1e-5),
-    Row("lora_lego", {"mode": "merge_and_reinit"}, model="lora_delta", optimises=True),
+    Row(
+        "lora_lego", {"mode": "merge_and_reinit"}, model="lora_delta", refactors=True, rounding=1e-5
+    ),
+    Row("lora_lego", {"mode": "residual"}, model="lora_delta", refactors=True, rounding=1e-5),
     Row("lora_lego", {"mode": "residual", "ranks": [1, 2]}, model="lora_delta", optimises=True),
     Row(
         "fedspine",
@@ -264,6 +270,10 @@ PAIRS = [
     Pair(Row("dfedsam_mgs", {"topology": "full"}), Row("dfedsam", {"topology": "full"}),
          tolerance=ULP),
     Pair(Row("fedit", model="lora"), Row("fedavg", model="lora"), tolerance=ULP),
+    Pair(Row("lora_lego", {"weighted": False}, model="lora"),
+         Row("fedit", {"weighted": False}, model="lora"), rounds=1, tolerance=ULP),
+    Pair(Row("lora_lego", {"mode": "merge_and_reinit", "mass": True, "clusters": 14},
+             model="lora_delta"), Row("flora", model="lora_delta"), tolerance=1e-5),
     Pair(
         Row("fedspine", {"target": 0.0, "policy": "fixed"}, model="prunable"),
         Row("flexlora", model="prunable"),

@@ -264,14 +264,27 @@ def grown(array: Array, axis: int) -> Array:
     return Array(np.repeat(array.numpy(), 2, axis))
 
 
-@pytest.mark.parametrize("fault", WRONG)
-@pytest.mark.parametrize(
-    ("name", "model"), [("fedit", "lora"), ("flora", "lora_delta"), ("lora_lego", "lora")]
-)
+HALVES = {
+    "rank": lambda e: e.update({n: grown(a, "AB".index(n[-1])) for n, a in e.items()}),
+    "transposed": lambda e: e.update({n: Array(a.numpy().T.copy()) for n, a in e.items()}),
+    "module": lambda e: renamed(e, next(iter(e)), "7.lora_A"),
+    "other factor": lambda e: e.update({A: FACTOR, B: FACTOR}),
+    "base weight": lambda e: e.update({"0.base.weight": FACTOR}),
+    "path": lambda e: renamed(e, next(iter(e)), "../x"),
+}
+"""The same for those of whom one factor is expected."""
+FACTOR = Array(np.zeros((2, 4), np.float32))
+WHOLE = [("fedit", "lora"), ("flexlora", "lora"), ("hetlora", "lora"), ("lora_lego", "lora"),
+         ("flora", "lora_delta"), ("fedex_lora", "lora_delta")]  # fmt: skip
+CASES = [(*case, fault) for case in WHOLE for fault in WRONG]
+CASES += [(n, "lora", f) for n in ("ffa_lora", "fedsa_lora", "rolora") for f in HALVES]
+
+
+@pytest.mark.parametrize(("name", "model", "fault"), CASES)
 def test_hostile_adapters_are_refused_in_a_round(name: str, model: str, fault: str) -> None:
     def answer(message, reply):
         entries = dict(reply.content.array_records["arrays"].items())
-        WRONG[fault](entries)
+        (WRONG if (name, model) in WHOLE else HALVES)[fault](entries)
         content = {**reply.content, "arrays": ArrayRecord(entries)}
         return [Message(RecordDict(content), reply_to=message)]
 
