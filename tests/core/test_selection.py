@@ -86,7 +86,7 @@ def test_the_best_are_taken_and_ties_are_decided_by_lot():
 @given(st.lists(st.floats(0, 9), min_size=1, max_size=30), st.data())
 def test_nothing_better_is_left_than_what_was_taken(scores, data):
     count = data.draw(st.integers(0, len(scores)))
-    taken = set(best(torch.tensor(scores), count, stream()).tolist())
+    taken = set(best(torch.tensor(scores, dtype=torch.float64), count, stream()).tolist())
     assert len(taken) == count
     left = [s for i, s in enumerate(scores) if i not in taken]
     assert not taken or not left or min(scores[i] for i in taken) >= max(left)
