@@ -44,9 +44,12 @@ def stack(labels: Sequence[str]) -> float:
     return LINE * sum(wrap(label).count("\n") + 1 for label in labels)
 
 
-def canvas_for_ends(labels: Sequence[str]) -> tuple[Figure, Axes]:
-    """A canvas with room for lines that are named where they end, by `label_ends`."""
-    return style.canvas(max(320.0, stack(labels) + 80), right=room(labels) + 22)
+def canvas_for_ends(labels: Sequence[str], before: float = 0) -> tuple[Figure, Axes]:
+    """A canvas with room for names beside it, `before` units wide signs before each.
+
+    By `label_ends` lines are named where they end.
+    """
+    return style.canvas(max(320.0, stack(labels) + 80), right=room(labels) + 22 + before)
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[str, float, float, int]]) -> None:

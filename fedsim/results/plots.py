@@ -176,7 +176,7 @@ def clients_ecdf(runs: Runs) -> Picture | None:
     alt = f"Cumulative distribution of {column} over clients. Medians: {medians}."
     many = len(pooled) > LEGEND
     with style.drawing():
-        figure, axes = ax.canvas_for_ends(list(pooled)) if many else style.canvas(right=24)
+        figure, axes = ax.canvas_for_ends(list(pooled), 28) if many else style.canvas(right=24)
         worst = (0, 0.1) if column == "accuracy" else (0.9, 1)
         axes.axhspan(*worst, color=style.FAINT[0], alpha=0.5, linewidth=0)
         for label, values in pooled.items():
@@ -197,7 +197,9 @@ def clients_ecdf(runs: Runs) -> Picture | None:
         axes.set_xlabel(f"{column} on the client's own held-out examples{_arrow(column)}")
         place: Literal["upper left", "lower right"]
         place = "upper left" if column == "accuracy" else "lower right"
-        beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        beside: dict[str, Any] = {
+            "loc": "center left", "bbox_to_anchor": (1, 0.5), "labelspacing": 0.1
+        }  # fmt: skip
         where = beside if many else {"loc": place}
         legend = axes.legend(**where, frameon=False, handlelength=1.6, borderaxespad=0.2)
         for text, label in zip(legend.get_texts(), pooled, strict=True):
