@@ -9,18 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from fedsim.client_app import ProgramApp
 from fedsim.collector import Collector
+from fedsim.core.averaging import EXAMPLES
 from fedsim.federation import Federation, Progress
 from fedsim.intake import Intake
 from fedsim.runtime import remote
 from fedsim.runtime.grid import LocalGrid
 from fedsim.runtime.remote import RemoteGrid
+from fedsim.runtime.work import PARTITION
 from tests.contract import toy
 from tests.contract.rows import Row
 from tests.faults.hostile import Attack, HostileGrid
@@ -30,12 +32,25 @@ CLIENTS, CUT_OFF, QUORUM = len(toy.SIZES), 10.0, 0.5
 ROW = Row("fedavg")
 
 
-def network(clock: Clock) -> Post:
-    return Post(ProgramApp(toy.environment(["fedavg"])), CLIENTS, clock)
+class Echo(ProgramApp):
+    """Clients that send back what they were sent: who counts for what does not depend on it."""
+
+    def _answer(self, message: Message, context: Context) -> Message:
+        examples = toy.SIZES[int(context.node_config[PARTITION])]
+        metrics = MetricRecord({EXAMPLES: examples, "loss": 1.0})
+        content = RecordDict({"arrays": message.content["arrays"], "metrics": metrics})
+        return Message(content, reply_to=message)
+
+
+ENVIRONMENT = toy.environment(["fedavg"])
+
+
+def network(clock: Clock, app: type[ProgramApp] = ProgramApp) -> Post:
+    return Post(app(ENVIRONMENT), CLIENTS, clock)
 
 
 def served(post: Post, **sections: Any) -> Federation:
-    grid = RemoteGrid(post, CLIENTS)
+    grid = RemoteGrid(post, CLIENTS, poll=0.5)
     grid.wait(60)
     cohort = {"timeout": CUT_OFF, "quorum": QUORUM}
     return ROW.federation(
@@ -88,7 +103,7 @@ class Network(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.clock = Clock()
         self.patch.setattr(remote, "time", self.clock)
-        self.post, self.model = network(self.clock), Model()
+        self.post, self.model = network(self.clock, Echo), Model()
         self.fed = served(self.post)
         self.progress: Progress = self.fed.begin()
         self.counted: Counter[int] = Counter()
