@@ -30,6 +30,7 @@ class FedLD(LocalProgram):
     """
 
     replies = "delta"
+    axial_loss = True
 
     margin_lambda: float = 0.0
     margin_form: str = "prob"
@@ -49,15 +50,15 @@ class FedLD(LocalProgram):
             return value
         if not criterion.classifies:
             raise ConfigError(f"margin control needs classes; the task's loss is {criterion.name}")
-        if target.dim() > 1:  # one row for each position of a sequence
+        if criterion.name == "next_token":  # one row for each position of a sequence
             real = (target != IGNORE).to(outputs.dtype)
-            weight = (real if weight is None else real * weight[:, None]).flatten()
-            outputs = outputs.flatten(0, -2)
+            weight = (real if weight is None else real * weight.unsqueeze(-1)).flatten(-2)
+            outputs = outputs.flatten(-3, -2)
         return value + self.margin_lambda * margin(outputs, weight, self.margin_form)
 
 
 def margin(logits: Tensor, weight: Tensor | None = None, form: str = "prob") -> Tensor:
-    """The margin-control term of FedLD for one client's batch, a scalar.
+    """The margin-control term of FedLD for one client's batch, a scalar; axes in front stay.
 
     With P = softmax(logits), the authors' code (`MarginalLogLoss`) takes one logarithm for the
     batch, and their Figure 1 one for each example, of the outputs themselves::
@@ -75,6 +76,8 @@ def margin(logits: Tensor, weight: Tensor | None = None, form: str = "prob") -> 
     """
     squares = (logits.softmax(-1) if form == "prob" else logits).square().sum(-1)
     if form == "prob":
-        return torch.log1p((squares if weight is None else squares * weight).sum())
+        return torch.log1p((squares if weight is None else squares * weight).sum(-1))
     terms = torch.log1p(squares)
-    return terms.mean() if weight is None else (terms * weight).sum() / weight.sum().clamp_min(1.0)
+    if weight is None:
+        return terms.mean(-1)
+    return (terms * weight).sum(-1) / weight.sum(-1).clamp_min(1.0)

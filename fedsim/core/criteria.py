@@ -13,6 +13,9 @@ from fedsim.core.errors import ConfigError
 
 IGNORE = -100
 """Target value of positions that do not count (padding)."""
+EACH = 0
+"""No reduction, in the operators' own words."""
+aten = torch.ops.aten
 
 
 def _classes_last(outputs: Tensor, target: Tensor) -> Tensor:
@@ -36,18 +39,26 @@ class Criterion:
 
     Calling it gives the scalar training loss of one client's batch: the mean over positions that
     count, weighted by `weight` (shape [B], zero for padding, or None for all ones).
+
+    Attributes:
+        name: of the criterion.
+        elementwise: the loss of each position, from outputs and targets.
+        classifies: whether targets are classes.
+        many: whether an axis of clients stands in front of everything: one loss for each.
     """
 
     name: str
     elementwise: Callable[[Tensor, Tensor], Tensor]
     classifies: bool
+    many: bool = False
 
     def __call__(self, outputs: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        losses = self.elementwise(outputs, target)
-        if weight is None and losses.dim() == 1:
-            return losses.mean()
-        counts = self._counts(target, losses, weight)
-        return (losses * counts).sum() / counts.sum().clamp_min(1.0)
+        losses, first = self.elementwise(outputs, target), int(self.many)
+        if weight is None and losses.dim() == first + 1:
+            return losses.mean(first)
+        counts = self._counts(target, losses.dtype, weight)
+        total = counts.flatten(first).sum(first).clamp_min(1.0)
+        return (losses * counts).flatten(first).sum(first) / total
 
     @torch.no_grad()
     def stacked(
@@ -66,41 +77,39 @@ class Criterion:
         Returns:
             losses of shape [C], and their gradients with respect to `outputs`, in its shape.
         """
+        own = tuple(range(1, target.dim()))
+        share = None  # as in a call: the mean over the batch
+        if weight is not None or target.dim() > 2:
+            counts = self._counts(target, outputs.dtype, weight, full)
+            share = counts / counts.sum(own, keepdim=True).clamp_min_(1.0)
         if self.classifies:
-            index = (target if full else target.clamp_min(0)).unsqueeze(-1)
-            logs = outputs.log_softmax(-1)
-            losses = logs.gather(-1, index).squeeze(-1).neg_()
-            slopes = logs.exp_()
-            slopes.scatter_add_(-1, index, slopes.new_full((1,), -1.0).expand(index.shape))
+            logs, index = outputs.log_softmax(-1).flatten(0, -2), target.reshape(-1)
+            each, count = aten.nll_loss_forward(logs, index, None, EACH, IGNORE)
+            losses = each.view(target.shape)
+            up = torch.full_like(each, 1 / len(target[0])) if share is None else share.flatten()
+            slopes = aten.nll_loss_backward(up, logs, index, None, EACH, IGNORE, count)
+            slopes = aten._log_softmax_backward_data(slopes, logs, 1, logs.dtype)
         else:
             slopes = outputs.reshape(target.shape) - target
             losses = 0.5 * slopes.square()
-            slopes = slopes.view(outputs.shape)
-        simple = weight is None and losses.dim() == 2  # as in a call: the mean over the batch
-        if simple and (full or not self.classifies):
-            return losses.mean(1), slopes.mul_(1.0 / losses.shape[1])
-        counts = torch.ones_like(losses)
-        if self.classifies and not full:
-            counts = (target != IGNORE).to(losses.dtype)
-        if weight is not None:
-            counts = counts * weight.to(counts.dtype).view(*weight.shape, *[1] * (losses.dim() - 2))
-        total = counts.flatten(1).sum(1).clamp_min(1.0)
-        share = counts / (losses.shape[1] if simple else total.view(-1, *[1] * (losses.dim() - 1)))
-        mean = (losses * share).flatten(1).sum(1)
-        return mean, slopes.mul_(share.unsqueeze(-1) if share.dim() < slopes.dim() else share)
+            slopes.mul_(1 / len(target[0]) if share is None else share)
+        mean = losses.mean(1) if share is None else (losses * share).sum(own)
+        return mean, slopes.view(outputs.shape)
 
-    def _counts(self, target: Tensor, losses: Tensor, weight: Tensor | None) -> Tensor:
-        counts = torch.ones_like(losses)
-        if self.classifies:
-            counts = counts * (target != IGNORE).to(losses.dtype)
+    def _counts(
+        self, target: Tensor, dtype: torch.dtype, weight: Tensor | None, full: bool = False
+    ) -> Tensor:
+        """How much each position counts, in the shape of `target`."""
+        counts = (target != IGNORE).to(dtype) if self.classifies and not full else None
         if weight is not None:
-            counts = counts * weight.view(-1, *[1] * (losses.dim() - 1)).to(losses.dtype)
-        return counts
+            each = weight.to(dtype).view(*weight.shape, *[1] * (target.dim() - weight.dim()))
+            counts = each.expand_as(target) if counts is None else counts * each
+        return torch.ones_like(target, dtype=dtype) if counts is None else counts
 
     def measure(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Per example: sum of losses, number right, number of positions; shape [3, B]."""
         losses = self.elementwise(outputs, target)
-        counts = self._counts(target, losses, None)
+        counts = self._counts(target, losses.dtype, None)
         right = (
             (outputs.argmax(-1) == target).to(losses.dtype) * counts
             if self.classifies

@@ -169,6 +169,9 @@ class LocalProgram:
     """Names of vectors of shape [p] that stay on the client between its rounds."""
     vectorized: ClassVar[bool] = True
     """Whether `init`, `step` and `final` also hold for stacked vectors of shape [clients, p]."""
+    axial_loss: ClassVar[bool] = False
+    """Whether `loss` reduces last axes only: with one more axis in front it gives a loss for each
+    of its entries, when the criterion does."""
     resident: ClassVar[bool] = False
     """Whether it works in place on the one resident model (`fedsim.core.resident`)."""
     agent: ClassVar[bool] = False

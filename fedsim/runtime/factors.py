@@ -32,7 +32,7 @@ class Factor(NamedTuple):
     def add_to(self, views: Views, alpha: float, beta: float = 1.0) -> None:
         """``weight += alpha * change``, and the bias too; beta 0 spares reading a zero weight."""
         target = views[self.weight]
-        target.baddbmm_(self.slope.transpose(1, 2), self.inputs, beta=beta, alpha=alpha)
+        target.baddbmm_(self.slope.mT, self.inputs, beta=beta, alpha=alpha)
         if self.bias is not None:
             views[self.bias].add_(self.slope.sum(1), alpha=alpha)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from threading import local
 from typing import Any, NamedTuple, Protocol
 
@@ -12,14 +13,31 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from fedsim.core.criteria import Criterion
 from fedsim.core.model import FlatModel
-from fedsim.core.program import Gradient
+from fedsim.core.program import Gradient, LocalProgram
 from fedsim.core.records import Layout
 from fedsim.runtime.factors import Factor, Views
 from fedsim.runtime.serial import PartGradient
 
-Loss = Callable[[Criterion, Tensor, Tensor, "Tensor | None"], Tensor]
 LOOPED = 2
 """Clients whose overridden loss is cheaper one after another than by `vmap`."""
+
+
+class Loss(NamedTuple):
+    """A program's own loss.
+
+    Attributes:
+        of: the loss of one client's batch.
+        axial: whether it takes an axis of clients in front of everything (`axial_loss`).
+    """
+
+    of: Callable[[Criterion, Tensor, Tensor, Tensor | None], Tensor]
+    axial: bool
+
+    @staticmethod
+    def by(program: LocalProgram) -> Loss | None:
+        """The program's loss, or None if it is the criterion itself."""
+        plain = type(program).loss is LocalProgram.loss
+        return None if plain else Loss(program.loss, program.axial_loss)
 
 
 class Point(NamedTuple):
@@ -73,10 +91,12 @@ def through_loss(
     given = (leaf, y) if weight is None else (leaf, y, weight)
 
     def one(out: Tensor, target: Tensor, share: Tensor | None = None) -> Tensor:
-        return loss(criterion, out, target, share)
+        return loss.of(criterion, out, target, share)
 
     with torch.enable_grad():
-        if len(y) <= LOOPED:
+        if loss.axial:
+            values = loss.of(replace(criterion, many=True), leaf, y, weight)
+        elif len(y) <= LOOPED:
             values = torch.stack([one(*own) for own in zip(*given, strict=True)])
         else:
             values = vmap(one)(*given)
@@ -121,7 +141,7 @@ class Functional:
     ) -> tuple[Tensor, Gradient]:
         """See `Stackable`."""
         module, layout = self._module, self._model.layout
-        criterion, judge = self._model.criterion, loss or Criterion.__call__
+        criterion, judge = self._model.criterion, loss.of if loss else Criterion.__call__
         trained = {n: point.values[n] for n in layout.trainable}
         rest = {n: v for n, v in point.values.items() if n not in trained}
 

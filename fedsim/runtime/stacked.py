@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from fedsim.core.bulk import Rows
 from fedsim.core.model import FlatModel
 from fedsim.core.program import Batch, Gradient, LocalProgram, LocalState
 from fedsim.runtime.factors import ChainGradient, Factor, Moved, Views
-from fedsim.runtime.layers import Point, Stackable
+from fedsim.runtime.layers import Loss, Point, Stackable
 
 
 class Prefix:
@@ -99,7 +100,7 @@ class StackedState(LocalState):
             StackedVectors(prefix) for _ in range(4)
         )
         self._model, self._engine, self._program = model, engine, program
-        self._loss = None if type(program).loss is LocalProgram.loss else program.loss
+        self._loss = Loss.by(program)
         self.start = start[..., : model.layout.num_trainable]
         # While nobody has written to `flat`, all rows are `start`, and products can be shared.
         self._shared = model.layout.views(start) if start.dim() == 1 else None
@@ -179,25 +180,19 @@ class StackedState(LocalState):
 
     def gradient(self, batch: Batch, at: Tensor | None = None, training: bool = True) -> Gradient:
         point, active, fields = self._point(at), self.prefix.active, batch.fields
-        weight = fields.get("weight")
-        losses, gradient = self._engine.gradient(
-            point,
-            fields["x"][:active],
-            fields["y"][:active],
-            None if weight is None else weight[:active],
-            self._loss,
-        )
+        x, y, weight = fields["x"], fields["y"], fields.get("weight")
+        if len(x) > active:  # a minibatch of an earlier step
+            x, y, weight = x[:active], y[:active], None if weight is None else weight[:active]
+        losses, gradient = self._engine.gradient(point, x, y, weight, self._loss)
         self.losses.append(losses)
         return gradient
 
     def mean_losses(self) -> Tensor:
         """Mean over the gradients taken of the training loss, shape [C]."""
-        size = self.prefix.size
-        if all(len(losses) == size for losses in self.losses):
+        size, lengths = self.prefix.size, np.array([len(losses) for losses in self.losses])
+        if (lengths == size).all():
             return torch.stack(self.losses).mean(0)
-        total = vars(self)["_begin"].new_zeros(size)
-        count = torch.zeros_like(total)
-        for losses in self.losses:
-            total[: len(losses)] += losses
-            count[: len(losses)] += 1
-        return total / count
+        each = torch.cat(self.losses)
+        owner = np.arange(len(each)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        total = each.new_zeros(size).index_add_(0, torch.from_numpy(owner).to(each.device), each)
+        return total / torch.from_numpy(np.bincount(owner, minlength=size)).to(total)
