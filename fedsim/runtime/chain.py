@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,12 +25,22 @@ from fedsim.runtime.layers import Loss, Point, through_loss
 
 Parts = list[Factor | Whole]
 aten = torch.ops.aten
-POINTWISE: dict[type[nn.Module], Callable[[Tensor, Tensor], Tensor]] = {
-    nn.ReLU: lambda slope, out: aten.threshold_backward(slope, out, 0),
-    nn.Tanh: aten.tanh_backward,
-    nn.Sigmoid: aten.sigmoid_backward,
+POINTWISE: dict[type[nn.Module], tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    nn.ReLU: (
+        torch.relu_,
+        lambda slope, out: aten.threshold_backward.grad_input(slope, out, 0, grad_input=slope),
+    ),
+    nn.Tanh: (
+        torch.tanh_,
+        lambda slope, out: aten.tanh_backward.grad_input(slope, out, grad_input=slope),
+    ),
+    nn.Sigmoid: (
+        torch.sigmoid_,
+        lambda slope, out: aten.sigmoid_backward.grad_input(slope, out, grad_input=slope),
+    ),
 }
-"""Layers that work entry by entry: the slope of the inputs from that of the outputs and these."""
+"""Layers that work entry by entry, in place: the outputs from the inputs, and the slope of the
+inputs from that of the outputs and these."""
 
 
 class Layer(ABC):
@@ -65,17 +76,23 @@ class Flat(Layer):
 
 @dataclass(frozen=True)
 class Pointwise(Layer):
-    """A function of each entry."""
+    """A function of each entry.
 
-    module: nn.Module
+    Attributes:
+        kind: of the module.
+        fresh: whether nobody else needs the inputs: the layer before made and does not keep them.
+    """
+
+    kind: type[nn.Module]
+    fresh: bool = False
 
     def forward(self, point: Point, x: Tensor, tape: list[Any]) -> Tensor:
-        out: Tensor = self.module(x)
+        out = POINTWISE[self.kind][0](x if self.fresh else x.clone())
         tape.append(out)
         return out
 
     def backward(self, point: Point, slope: Tensor, kept: Any, parts: Parts) -> Tensor:
-        return POINTWISE[type(self.module)](slope, kept)
+        return POINTWISE[self.kind][1](slope, kept)
 
 
 @dataclass(frozen=True)
@@ -105,12 +122,13 @@ class Dense(Weighted):
         tape.append(x)
         weight, bias = self.own(point)
         if weight.dim() == 3:
-            turned = weight.transpose(1, 2)
-            return torch.bmm(x, turned) if bias is None else torch.baddbmm(bias[:, None], x, turned)
+            if bias is None:
+                return torch.bmm(x, weight.mT)
+            return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
         out = nn.functional.linear(x, weight, bias)
         for move in point.moves.get(self.weight, ()):
             slope, inputs = move.first(len(x))
-            share = torch.bmm(x, inputs.transpose(1, 2))
+            share = torch.bmm(x, inputs.mT)
             out.baddbmm_(share if bias is None else share.add_(1.0), slope)
         return out
 
@@ -124,7 +142,7 @@ class Dense(Weighted):
         below = slope @ weight
         for move in point.moves.get(self.weight, ()):
             before, inputs = move.first(len(slope))
-            below.baddbmm_(torch.bmm(slope, before.transpose(1, 2)), inputs)
+            below.baddbmm_(torch.bmm(slope, before.mT), inputs)
         return below
 
 
@@ -304,7 +322,13 @@ def _unfold(module: nn.Module) -> list[Layer] | None:
             return None
         if isinstance(layer, Weighted) and any(isinstance(below, Weighted) for below in layers):
             layer = replace(layer, lowest=False)
+        if isinstance(layer, Pooling) and layers and layers[-1] == Pointwise(nn.ReLU):
+            layers.insert(-1, layer)  # the largest entry is the same, and there are fewer to cut
+            continue
         layers.append(layer)
+    for i, (below, layer) in enumerate(pairwise(layers), 1):
+        if isinstance(layer, Pointwise) and isinstance(below, Weighted | Pooling):
+            layers[i] = replace(layer, fresh=True)
     return layers
 
 
@@ -324,7 +348,7 @@ def _layer(prefix: str, one: nn.Module) -> Layer | None:
         return Pooling((*map(_pair, pairs), module.ceil_mode))
     if kind is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
         return Flat()
-    return Pointwise(one) if kind in POINTWISE else None
+    return Pointwise(kind) if kind in POINTWISE else None
 
 
 def _pair(size: Any) -> list[int]:
