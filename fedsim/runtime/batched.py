@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from threading import local
 from typing import Any, TypeVar
 
@@ -17,15 +19,20 @@ from fedsim.data import FederatedData
 from fedsim.runtime.cohort import Floats, Ints, Outcomes, Work
 from fedsim.runtime.layers import Stackable
 from fedsim.runtime.plan import Plan, plans
-from fedsim.runtime.serial import Fields, attempt
+from fedsim.runtime.serial import attempt
 from fedsim.runtime.stacked import StackedState
 from fedsim.runtime.threads import Workers
 
 T = TypeVar("T")
+APART = 1e8
+"""Operations of a block's step from which blocks are dealt to threads. Smaller ones are over
+before another thread has woken up, and Python runs one thread at a time."""
 WINDOW = 8
 """Blocks whose clients are sorted by number of steps together."""
 TABLE = 1 << 20
 """Entries of a block's table of minibatches that are made at a time."""
+WINDOW_BYTES = 1 << 20
+"""Inputs that are gathered at a time: what stays in the cache until it is used."""
 
 
 def blocks_of(steps: Ints, size: int) -> list[Ints]:
@@ -51,6 +58,7 @@ class Batched:
         workers: the threads.
         engine: differentiates the model at stacked parameters.
         block_size: clients of a block; it changes last bits, the number of workers does not.
+        flops: operations of a forward pass for one example.
     """
 
     name = "batched"
@@ -62,13 +70,17 @@ class Batched:
         workers: Workers,
         engine: Stackable,
         block_size: int,
+        flops: float = math.inf,
     ) -> None:
         self.model, self.data, self.workers = model, data, workers
-        self.engine, self.block_size = engine, block_size
+        self.engine, self.block_size, self.flops = engine, block_size, flops
         self._own = local()
 
     def map(self, work: Work, then: Callable[[Outcomes], T], keep: bool = True) -> Iterator[T]:
         """Yield `then` of the outcomes of each block, in order of blocks."""
+        examples = min(self.block_size, len(work)) * work.program.batch_size
+        apart = work.program.passes * self.flops * examples >= APART
+        workers = self.workers if apart else Workers(1)
         for part, plan in plans(work, self.data):
             blocks = blocks_of(plan.steps, self.block_size)
 
@@ -78,7 +90,7 @@ class Batched:
                 return then(self._attempt(part, plan, blocks[number], keep))
 
             cost = [float(plan.steps[p].sum() + 2 * plan.steps[p].max()) for p in blocks]
-            yield from self.workers.map(do, len(blocks), cost)
+            yield from workers.map(do, len(blocks), cost)
 
     def _attempt(self, work: Work, plan: Plan, places: Ints, keep: bool) -> Outcomes:
         """A block's outcomes; if its program raises, one client after another to find who."""
@@ -129,6 +141,54 @@ class Batched:
         return _outcomes(s, work.clients[places], plan.counts[places], steps)
 
 
+class Window:
+    """The examples of a few steps of a block; of a field all are gathered when one is asked for.
+
+    Args:
+        fields: all examples of all clients.
+        rows: numbers of the examples, int64 [visits].
+    """
+
+    def __init__(self, fields: Mapping[str, Tensor], rows: Tensor) -> None:
+        self.fields, self._rows = fields, rows
+        self._done: dict[str, Tensor] = {}
+
+    def take(self, name: str, first: int, shape: tuple[int, int]) -> Tensor:
+        """A field of one step's clients, shape [clients, examples, ...]."""
+        if name not in self._done:
+            self._done[name] = self.fields[name].index_select(0, self._rows)
+        found = self._done[name]
+        part = found.narrow(0, first, shape[0] * shape[1])
+        return part.view(*shape, *found.shape[1:])
+
+
+class Step(Mapping[str, Tensor]):
+    """The fields of one step of a block.
+
+    Args:
+        window: has its examples.
+        first: place of the first of them in the window.
+        shape: clients, and examples of each.
+        weight: weights of the examples, of this shape, where some of them are padding.
+    """
+
+    def __init__(
+        self, window: Window, first: int, shape: tuple[int, int], weight: Tensor | None
+    ) -> None:
+        self._window, self._first, self._shape, self._weight = window, first, shape, weight
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name == "weight" and self._weight is not None:
+            return self._weight
+        return self._window.take(name, self._first, self._shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._window.fields, *(["weight"] if self._weight is not None else [])))
+
+    def __len__(self) -> int:
+        return len(self._window.fields) + (self._weight is not None)
+
+
 def minibatches(
     plan: Plan, places: Ints, fields: Mapping[str, Tensor]
 ) -> Iterator[tuple[int, Batch]]:
@@ -141,29 +201,37 @@ def minibatches(
         places: the block's clients, most steps first.
         fields: all examples.
     """
+    device, each = fields["x"].device, max(1, fields["x"][:1].nbytes)
     steps, per_epoch = plan.steps[places], plan.per_epoch[places]
-    device, last = fields["x"].device, int(steps.max(initial=0))
-    stride = max(1, TABLE // (len(places) * plan.batch_size))
+    last, stride = int(steps.max(initial=0)), max(1, TABLE // (len(places) * plan.batch_size))
     for first in range(0, last, stride):
         numbers = np.arange(first, min(first + stride, last))
         table, sizes = plan.table(places, first, first + len(numbers))
-        rows = torch.from_numpy(table).to(device)
-        active = np.searchsorted(-steps, -numbers)
-        widths = sizes.max(1)
+        active, widths = np.searchsorted(-steps, -numbers), sizes.max(1)
+        inside = np.arange(len(places)) < active[:, None]
+        columns = np.arange(table.shape[2])
+        taken = inside[..., None] & (columns < widths[:, None, None])
+        rows = torch.from_numpy(table[taken]).to(device)
+        real = torch.from_numpy((columns < sizes[..., None])[taken]).to(device, torch.float32)
         even = (sizes == widths[:, None]).sum(1) == active
-        for step, n, width, whole in zip(
-            numbers.tolist(), active.tolist(), widths.tolist(), even.tolist(), strict=True
-        ):
-            taken = rows[step - first, :n, :width]
-            more = {}
-            if not whole:
-                real = np.arange(width) < sizes[step - first, :n, None]
-                more["weight"] = torch.from_numpy(real).to(device, torch.float32)
-            epochs = step // per_epoch[:n]
-            epoch: int | Tensor = int(epochs[0])
-            if (epochs != epoch).any():
-                epoch = torch.from_numpy(epochs[:, None]).to(device)
-            yield n, Batch(Fields(fields, taken, more), epoch, step)
+        epochs = numbers[:, None] // per_epoch
+        mixed = ((epochs != epochs[:, :1]) & inside).any(1)
+        ends = np.cumsum(active * widths)
+        part = ends // max(1, WINDOW_BYTES // each)
+        cuts = np.flatnonzero(np.diff(part, prepend=-1, append=-1)).tolist()
+        for begin, end in pairwise(cuts):
+            at = int(ends[begin - 1]) if begin else 0
+            window = Window(fields, rows[at : int(ends[end - 1])])
+            weights = real[at : int(ends[end - 1])]
+            place = 0
+            for i in range(begin, end):
+                n, width = int(active[i]), int(widths[i])
+                weight = None if even[i] else weights.narrow(0, place, n * width).view(n, width)
+                epoch: int | Tensor = int(epochs[i, 0])
+                if mixed[i]:
+                    epoch = torch.from_numpy(epochs[i, :n, None]).to(device)
+                yield n, Batch(Step(window, place, (n, width), weight), epoch, first + i)
+                place += n * width
 
 
 def _start(work: Work, places: Ints) -> Tensor:

@@ -22,15 +22,14 @@ from fedsim.runtime.batched import Batched
 from fedsim.runtime.chain import Chain
 from fedsim.runtime.cohort import Outcomes, Vectors, Work
 from fedsim.runtime.layers import Functional, Stackable
+from fedsim.runtime.plan import visits
 from fedsim.runtime.serial import Serial
 from fedsim.runtime.threads import Workers
 
 BLOCK_BYTES = 5 << 20
 """Parameters of a block in bytes: more than that does not stay in the cache."""
-LEAST, MOST = 8, 32
+LEAST, MOST = 8, 128
 """Clients of a block: fewer waste dispatch and sums in float64, more gain nothing."""
-SHARES = 4
-"""Blocks a cohort is cut into at least, so that there is work for every core."""
 RESIDENT = 50_000_000
 """Parameters of a model that is not copied for every thread."""
 FUNCTIONAL = 300_000
@@ -96,7 +95,7 @@ def choose(
     """
     against = _against_stacking(model, data, program, received or {})
     chain = Chain.of(model)
-    size = 1 if chain is not None and chain.images else block_size(model, cohort)
+    size = block_size(model, chain, int(np.median(visits(program, data.train.lengths))), cohort)
     image = any(isinstance(m, nn.Conv2d) for m in model.module.modules())
     apart = "dropout draws from one random stream" if model.stochastic else ""
     if wanted == "serial":
@@ -120,11 +119,23 @@ def choose(
     return Choice("threads", reason, channels_last=image)
 
 
-def block_size(model: FlatModel, cohort: int) -> int:
-    """Clients of a block: their parameters fit the cache, and every core gets some blocks."""
+def block_size(model: FlatModel, chain: Chain | None, visits: int, cohort: int) -> int:
+    """Clients of a block: as many as have parameters that fit the cache together.
+
+    Clients that are kept in factors take little memory, so it may be most of the cohort.
+
+    Args:
+        model: the model.
+        chain: the model as a chain of layers, if it is one.
+        visits: examples that a client goes through in a round.
+        cohort: clients of a round.
+    """
+    if chain is not None and chain.images:
+        return 1
     each = model.layout.size * torch.empty((), dtype=model.layout.dtype).element_size()
-    fitting = min(MOST, max(LEAST, BLOCK_BYTES // max(each, 1)))
-    return max(1, min(fitting, -(-cohort // SHARES)))
+    thin = chain is not None and chain.thin(visits)
+    fitting = MOST if thin else min(MOST, max(LEAST, BLOCK_BYTES // max(each, 1)))
+    return max(1, min(fitting, cohort))
 
 
 def _functional(model: FlatModel) -> str | None:

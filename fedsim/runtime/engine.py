@@ -15,7 +15,9 @@ from fedsim.core.records import FlatRecord
 from fedsim.data import FederatedData
 from fedsim.runtime.batched import Batched
 from fedsim.runtime.choose import Choice, stackable
+from fedsim.runtime.clock import forward_flops
 from fedsim.runtime.cohort import Executor, Floats, Ints, Outcomes, Work
+from fedsim.runtime.memory import keep_freed
 from fedsim.runtime.serial import Serial
 from fedsim.runtime.threads import Threads, Workers
 
@@ -71,6 +73,7 @@ class Engine:
         debug: bool = False,
     ) -> None:
         self.model, self.data, self.choice = model, data, choice
+        keep_freed()
         self.workers = Workers(workers)
         self._threads = Threads(model, data, self.workers, choice.channels_last)
         self._stack = stackable(model, data) if choice.executor == "batched" else None
@@ -78,7 +81,9 @@ class Engine:
         if choice.executor == "threads":
             self.executor = self._threads
         elif self._stack is not None:
-            self.executor = Batched(model, data, self.workers, self._stack, choice.block_size)
+            flops = forward_flops(model, data.fields["x"][:1])
+            size = choice.block_size
+            self.executor = Batched(model, data, self.workers, self._stack, size, flops)
 
     def map(self, work: Work, then: Callable[[Outcomes], T], keep: bool = True) -> Iterator[T]:
         """See `Executor`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -179,8 +180,14 @@ def test_other_models_are_no_chain(layers: list[nn.Module]) -> None:
 def test_convolutions_are_run_one_client_a_block() -> None:
     choice = choose(images(), data((2, 7, 7), [9, 4, 6]), LocalProgram(batch_size=4), 3)
     assert (choice.executor, choice.block_size) == ("batched", 1)
-    choice = choose(mlp(), data((5, 10), [9, 4, 6]), LocalProgram(batch_size=4), 100)
-    assert (choice.executor, choice.block_size) == ("batched", 25)
+
+
+def test_clients_in_factors_make_bigger_blocks() -> None:
+    given_data, small = data((5, 10), [4, 2, 3]), LocalProgram(batch_size=2)
+    wide = model(nn.Flatten(), nn.Linear(50, 1000), nn.ReLU(), nn.Linear(1000, 3))
+    assert choose(wide, given_data, small, 1000).block_size == 128
+    assert choose(wide, given_data, replace(small, epochs=100), 1000).block_size == 12
+    assert choose(wide, given_data, small, 10).block_size == 10
 
 
 class Scales(LocalProgram):
