@@ -21,4 +21,4 @@ class FedProx(LocalProgram):
 
     def correction(self, s: LocalState) -> Tensor | None:
         """The gradient of the proximal term."""
-        return (s.w - s.start) * self.mu if self.mu else None
+        return (s.w - s.start).mul_(self.mu) if self.mu else None

@@ -19,9 +19,13 @@ class Scaffold(LocalProgram):
 
     keeps = ("control",)
 
+    def init(self, s: LocalState) -> None:
+        """The server's control variate minus the client's own, the same in every step."""
+        s.shift = s.received["control"] - s.kept["control"]  # type: ignore[attr-defined]
+
     def correction(self, s: LocalState) -> Tensor | None:
-        """The server's control variate minus the client's own."""
-        return s.received["control"] - s.kept["control"]
+        """What the variates say."""
+        return s.shift  # type: ignore[attr-defined]
 
     def final(self, s: LocalState) -> None:
         """Renew the control variate; send its change, keep the new one."""
