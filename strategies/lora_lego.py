@@ -33,8 +33,9 @@ class LoRALego(Rebasing):
     - ``"replace"``: clients replace their adapter by the merged one. A client of a lower rank r is
       sent a clustering into r, not a cut-off of the larger one. **It degenerates.** Clients that
       start a round from one adapter and stay near it have their ranks clustered by index: then
-      the result is FedIT's, and parameter reweighting blows it up round by round. That is why it
-      is off in this mode unless asked for.
+      the result is FedIT's, and parameter reweighting blows it up round by round. Output
+      reweighting does the same to clients of a rank below the mean, and starves those above. That
+      is why both are off in this mode unless asked for.
     - ``"merge_and_reinit"``: the merged update goes into every client's base, and clients begin
       new adapters of their own, as in FLoRA.
     - ``"residual"``: the merged updates stay a second, frozen adapter, which is sent whole; clients
@@ -54,7 +55,7 @@ class LoRALego(Rebasing):
             that it grows by k every round, up to the layer's own rank.
         parameter_reweight: restore the norm of centres; None: except where clients replace.
         gamma_max: by at most so much; 0 means no limit.
-        output_reweight: multiply by ``sqrt(mean rank / k)``.
+        output_reweight: multiply by ``sqrt(mean rank / k)``; None: except where clients replace.
         mass: the mean-consistent variant.
         feature: what is clustered, ``"raw"`` or ``"unit"``.
         unit_weight: ``"uniform"``, ``"client"`` or ``"client_per_rank"``.
@@ -75,7 +76,7 @@ class LoRALego(Rebasing):
         residual_rank: int = 0,
         parameter_reweight: bool | None = None,
         gamma_max: float = 0.0,
-        output_reweight: bool = True,
+        output_reweight: bool | None = None,
         mass: bool = False,
         feature: str = "raw",
         unit_weight: str = "uniform",
@@ -91,6 +92,8 @@ class LoRALego(Rebasing):
         self.fresh = self.rebases = mode != "replace"
         if parameter_reweight is None:
             parameter_reweight = self.rebases
+        if output_reweight is None:
+            output_reweight = self.rebases
         self.second: dict[str, Factors] = {}
         self.options = Lego(
             rank=clusters or "max",

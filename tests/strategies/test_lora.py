@@ -19,6 +19,7 @@ from fedsim.core.program import LocalState
 from fedsim.core.records import from_record
 from fedsim.models import build
 from fedsim.models.lora import LoRALinear, adapt
+from fedsim.runner import build_strategy
 from tests.contract import toy
 from tests.contract.test_aggregation import aggregate
 
@@ -153,6 +154,16 @@ def test_lego_says_that_it_degenerates(caplog: pytest.LogCaptureFixture) -> None
     plain = toy.run(federation("fedit", weighted=False), 1).arrays
     lego = toy.run(federation("lora_lego", weighted=False), 1).arrays
     assert toy.close(lego, plain, 1e-6)
+
+
+def test_reweighting_is_off_where_it_would_compound() -> None:
+    for mode in ("replace", "merge_and_reinit", "residual"):
+        options = build_strategy(StrategyConfig(name="lora_lego", params={"mode": mode})).options
+        assert options.parameter_reweight == options.output_reweight == (mode != "replace")
+    asked = {"parameter_reweight": True, "output_reweight": True}
+    options = build_strategy(StrategyConfig(name="lora_lego", params=asked)).options
+    assert options.parameter_reweight
+    assert options.output_reweight
 
 
 @pytest.mark.parametrize("name", ALL)
