@@ -18,6 +18,7 @@ from fedsim.core.criteria import criterion
 from fedsim.core.model import FlatModel
 from fedsim.core.program import LocalProgram, LocalState
 from fedsim.data import FederatedData, Ragged
+from fedsim.runtime import batched
 from fedsim.runtime.batched import Batched
 from fedsim.runtime.chain import Chain
 from fedsim.runtime.choose import choose
@@ -109,6 +110,16 @@ def test_ragged_clients_in_factors_are_what_they_are_alone(
 ) -> None:
     program = LocalProgram(epochs=epochs, batch_size=batch, lr=0.2, momentum=momentum)
     alone, block = both(mlp(), data((5, 10), sizes), program, len(sizes))
+    assert torch.allclose(ordered(block), alone, rtol=0, atol=1e-12)
+
+
+def test_examples_may_be_gathered_for_a_few_steps_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batched, "WINDOW_BYTES", 3000)  # seven examples
+    monkeypatch.setattr(batched, "TABLE", 40)  # five steps
+    program = LocalProgram(epochs=3, batch_size=2, lr=0.1)
+    alone, block = both(mlp(), data((5, 10), [9, 4, 6, 1]), program, 4)
     assert torch.allclose(ordered(block), alone, rtol=0, atol=1e-12)
 
 
