@@ -30,11 +30,11 @@ def char_gpt() -> nn.Module:
     return CharGPT(VOCABULARY, LENGTH, 16, 2, 2)
 
 
-def llama() -> nn.Module:
+def llama(layers: int = 2) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
             num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32,
             attn_implementation="eager",
         )
