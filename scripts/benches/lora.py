@@ -2,8 +2,9 @@
 
 Usage: scripts/bench lora [--modules N] [--sklearn N]
 
-Processor time of one thread, so that neighbours on the machine count little. scikit-learn is run
-on some modules and scaled to all; its inertia is compared on those same modules.
+Processor time of one thread, so that neighbours on the machine count little; scikit-learn's OpenMP
+is held to one thread too, since waiting threads spin, which counts as work. It is run on some
+modules and scaled to all; its inertia is compared on those same modules.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def noise(*shape: int, seed: int) -> torch.Tensor:
 def lego(modules: int, sample: int) -> None:
     """LoRA-LEGO's clustering: `modules` pools of CLIENTS * RANK units of 2 * WIDTH numbers."""
     from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
 
     from fedsim.core.lora import Factors, Lego
     from fedsim.core.lora import lego as merge
@@ -55,7 +57,8 @@ def lego(modules: int, sample: int) -> None:
             for x in pools[:sample]
         ]
 
-    slow, inertias = timed(direct)
+    with threadpool_limits(1):
+        slow, inertias = timed(direct)
     slow *= modules / sample
     dim = CLIENTS * RANK
     print(f"k-means, {modules} modules, M = {dim}, d = {2 * WIDTH}, k = {CLUSTERS}")
