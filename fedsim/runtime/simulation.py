@@ -39,8 +39,10 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",
 }
-"""Nothing calls home; Ray leaves the environment as it is."""
+"""Nothing calls home; Ray leaves the environment as it is, and clients are no background work: on a
+busy machine Ray's own choice, 15, starves them until the run gives up waiting for them."""
 
 STARTED_IN = "FEDSIM_STARTED_IN"
 """Environment variable: the folder this process was in before `mend_engine` left it."""
@@ -161,6 +163,8 @@ def mend_engine() -> None:
     It has been started in whatever folder, and loads the ClientApp before it starts Ray.
     """
     if Path(sys.argv[0]).name == "flwr-simulation":
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
         os.environ[STARTED_IN] = str(Path.cwd())
         os.chdir(ROOT)
         mend_pool()
