@@ -48,9 +48,14 @@ def header(shape: tuple[int, ...], descr: str = "<f4") -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
 
 
-def _entry(content: Content, draw: np.random.Generator) -> tuple[str, str, np.ndarray]:
-    """Some array of the reply: its record, its name, a copy of its values."""
+def _entry(
+    content: Content, draw: np.random.Generator, numbers: bool = False
+) -> tuple[str, str, np.ndarray]:
+    """Some array of the reply, one of numbers if asked for: record, name, a copy of its values."""
     records = sorted(n for n, r in content.items() if isinstance(r, ArrayRecord) and len(r))
+    if numbers:  # others hold masks, packed
+        real = [n for n in records if any("float" in a.dtype for a in content[n].values())]  # type: ignore[union-attr]
+        records = real or records
     record = records[draw.integers(len(records))]
     floats = sorted(n for n, a in content[record].items() if "float" in a.dtype)  # type: ignore[union-attr]
     names = floats or sorted(content[record])  # packed bytes, where a strategy sends no model
@@ -65,7 +70,7 @@ def value(number: float) -> Spoil:
     """
 
     def spoil(content: Content, draw: np.random.Generator) -> None:
-        record, name, values = _entry(content, draw)
+        record, name, values = _entry(content, draw, numbers=True)
         wrong = number * draw.choice([-1, 1])
         if name == PACKET:
             values[-4:] = np.frombuffer(np.array(wrong, "<f4").tobytes(), np.uint8)
