@@ -75,6 +75,16 @@ def test_properties_of_scores():
     assert ksas(local.sign() * 80, shared.sign() * -80, torch.ones(5)).isfinite().all()
 
 
+def test_scores_vanish_just_where_models_agree_on_the_classes_that_a_client_has():
+    local = torch.randn(20, 4, generator=torch.Generator().manual_seed(2))
+    counts = torch.tensor([3.0, 0.0, 2.0, 1.0])
+    absent, present = local.clone(), local.clone()
+    absent[:, 1] += 5
+    present[:, 2] += 0.1
+    assert ksas(local, absent, counts).abs().max() < 1e-12
+    assert ksas(local, present, counts).min() > 1e-6
+
+
 def test_the_best_are_taken_and_ties_are_decided_by_lot():
     scores = torch.tensor([0.1, 5.0, 0.3, 4.0])
     assert sorted(best(scores, 2, stream()).tolist()) == [1, 3]

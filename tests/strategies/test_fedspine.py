@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Message
+from torch import nn
 
+from clients.fedspine import FedSpine as Client
+from fedsim.core.criteria import criterion
 from fedsim.core.errors import ConfigError
+from fedsim.core.model import FlatModel
 from fedsim.core.packets import packet, packet_of
 from fedsim.core.policy import TreeUCB
 from fedsim.core.records import from_record, to_record
 from fedsim.core.structure import removed
 from fedsim.federation import Federation
+from fedsim.models.lora import adapt
+from fedsim.models.pruning import gated
 from strategies.fedspine import FedSpine
 from tests.contract.rows import Row
 from tests.contract.toy import Unreliable, messages_of, run, sha256
@@ -86,6 +92,21 @@ def test_what_is_sent_of_groups_that_are_gone_counts_as_zero() -> None:
         return sha256(run(fed).arrays)
 
     assert result(3.0) == result(0.0)
+
+
+def test_a_layer_without_factors_is_judged_by_its_weights() -> None:
+    """Where nothing has a gradient, what is left of the scores is the other layer's magnitude."""
+    layers = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model = FlatModel(gated(adapt(layers, 2, 2.0, targets=["0"])), criterion("cross_entropy"))
+    state = model.module.state_dict()
+
+    class State:
+        info = model.info
+        tensor = staticmethod(lambda name: state[name])
+
+    scores = Client(last=False).scores(State, torch.zeros(model.layout.size))  # type: ignore[arg-type]
+    sums = state["2.weight"].abs().sum(0)
+    torch.testing.assert_close(scores["2.channels"], sums / sums.norm())
 
 
 def test_clients_differ_in_what_they_keep() -> None:
