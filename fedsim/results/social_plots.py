@@ -20,6 +20,8 @@ from fedsim.results.statistics import ALPHA
 
 NUMBERED = 24
 """Most nodes that are drawn with their numbers."""
+SPREAD = 0.06
+"""How far apart strategies are drawn at the same budget, as a share of the axis."""
 Floats = NDArray[np.float64]
 
 
@@ -116,22 +118,22 @@ def budgets(runs: Runs, found: Mapping[str, tuple[Floats, Floats]], metric: str)
     alt = f"Line chart of {name} against labels. With the largest budget: {told}."
     with style.drawing():
         figure, axes = ax.canvas_for_ends(list(drawn))
+        least = min(float(x[0]) for x, _ in drawn.values())
+        most = max(float(x[-1]) for x, _ in drawn.values())
+        aside = SPREAD * (most - least) * np.linspace(-0.5, 0.5, len(drawn))
+        drawn = {n: (x + s, y) for s, (n, (x, y)) in zip(aside, drawn.items(), strict=True)}
         for label, (x, y) in drawn.items():
             index = runs.colour(label)
             shade, mean = style.colour(index), y.mean(0)
             if len(y) > 1:
                 t = float(special.stdtrit(len(y) - 1, 1 - ALPHA / 2))
                 half = t * y.std(0, ddof=1) / np.sqrt(len(y))
-                axes.errorbar(x, mean, half, fmt="none", ecolor=shade, elinewidth=0.8, alpha=0.5)
-            axes.plot(
-                x,
-                mean,
-                color=shade,
-                linestyle=style.dash(index),
-                marker="o",
-                markersize=4,
-                zorder=3,
-            )
+                axes.errorbar(x, mean, half, fmt="none", ecolor=shade, elinewidth=1.2, alpha=0.6)
+            dash = style.dash(index)
+            axes.plot(x, mean, color=shade, linestyle=dash, marker="o", markersize=4, zorder=3)
+        edge = SPREAD * (most - least)
+        axes.set_xlim(least - edge, most + edge)
+        axes.set_ylim(axes.get_ylim())  # found now: names are placed by it
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if metric.endswith("accuracy"):
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -144,7 +146,8 @@ def budgets(runs: Runs, found: Mapping[str, tuple[Floats, Floats]], metric: str)
         ax.label_ends(axes, ends)
         picture = style.svg(figure, alt)
     caption = (
-        f"{name.capitalize()} against the label budget, mean over seeds; bars: 95 % intervals."
+        f"{name.capitalize()} against the label budget, mean over seeds; bars: 95 % intervals. "
+        "Strategies are moved a little aside, so that bars can be told apart."
     )
     return Picture("label-budgets", picture, alt, caption)
 
