@@ -265,3 +265,20 @@ def test_strategy_has_a_client_half_and_a_contract_row(name: str) -> None:
 def test_readme_lists_every_strategy() -> None:
     table = set(re.findall(r"^\| `(\w+)`", text(ROOT / "README.md"), re.MULTILINE))
     assert table == set(registry.names("strategies"))
+
+
+@pytest.mark.parametrize("folder", ["strategies", "clients"])
+def test_no_algorithm_mentions_blocks_stacking_or_threads(folder: str) -> None:
+    """Authors write for one client; only the class attribute `vectorized` says it stacks."""
+    forbidden = re.compile(
+        r"\b(block_size|blocks? of clients|stackable|unstack|batched|vmap|bmm|baddbmm"
+        r"|stacked (vectors?|parameters|states?|models?|clients)"
+        r"|threads?|threading|concurrent|multiprocessing|num_workers|executors?)\b"
+    )
+    for path in sorted((ROOT / folder).glob("*.py")):
+        found = [
+            f"{path.name}:{number}: {line.strip()}"
+            for number, line in enumerate(path.read_text().splitlines(), 1)
+            if forbidden.search(line)
+        ]
+        assert not found, found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -34,7 +33,6 @@ from fedsim.runtime.cohort import Outcomes, Work
 from fedsim.runtime.engine import Engine
 from tests.contract import toy
 
-ROOT = Path(__file__).parents[2]
 SEED, CLASSES, VOCABULARY, CONTEXT = 5, 3, 7, 6
 CASES = settings(max_examples=6, deadline=None)
 MANY = settings(max_examples=100, deadline=None)
@@ -388,23 +386,3 @@ def test_a_device_that_nothing_is_computed_on_is_refused(
     with pytest.raises(ConfigError, match=says):
         api.execute(replace(task, experiment=changed))
     assert not task.path.exists()
-
-
-# --------------------------------------------------------------------------- nobody sees it
-
-
-@pytest.mark.parametrize("folder", ["strategies", "clients"])
-def test_no_algorithm_mentions_blocks_stacking_or_threads(folder: str) -> None:
-    """Authors write for one client; only the class attribute `vectorized` says it stacks."""
-    forbidden = re.compile(
-        r"\b(block_size|blocks? of clients|stackable|unstack|batched|vmap|bmm|baddbmm"
-        r"|stacked (vectors?|parameters|states?|models?|clients)"
-        r"|threads?|threading|concurrent|multiprocessing|num_workers|executors?)\b"
-    )
-    for path in sorted((ROOT / folder).glob("*.py")):
-        found = [
-            f"{path.name}:{number}: {line.strip()}"
-            for number, line in enumerate(path.read_text().splitlines(), 1)
-            if forbidden.search(line)
-        ]
-        assert not found, found
