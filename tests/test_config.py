@@ -162,7 +162,7 @@ print(sorted({{"torch", "flwr", "numpy"}} & set(sys.modules)))"""
 def test_wrong_key() -> None:
     assert faults(changed(cohort={"quorom": 0.5})) == [
         "cohort.quorom = 0.5: unknown key; did you mean quorum? "
-        "(allowed in [cohort]: fraction, size, quorum, timeout, overselect)"
+        "(allowed in [cohort]: fraction, size, quorum, timeout, overselect, patience, min_delta)"
     ]
 
 
