@@ -18,7 +18,7 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedsim.core.errors import DataError
@@ -186,9 +186,19 @@ def write_adapter(adapter: PeftAdapter, folder: str | Path) -> Path:
         f"{PREFIX}{name}": t.detach().contiguous().clone() for name, t in adapter.saved.items()
     }
     metadata = {"format": "pt"} | ({"base_hash": adapter.base_hash} if adapter.base_hash else {})
-    save_file(tensors, path / WEIGHTS, metadata)
+    (path / WEIGHTS).write_bytes(_in_order(save(tensors, metadata)))
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return path
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library writes it in any order."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def places(configs: Sequence[Mapping[str, Any]], modules: Sequence[str]) -> dict[str, Any]:

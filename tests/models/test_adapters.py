@@ -66,6 +66,13 @@ def test_reads_what_it_wrote(good: Path) -> None:
         write_adapter(read, good)
 
 
+def test_writes_the_same_bytes_every_time(good: Path, tmp_path: Path) -> None:
+    """Metadata too, which the library writes in any order."""
+    read = read_adapter(good)
+    files = {(write_adapter(read, tmp_path / str(i)) / WEIGHTS).read_bytes() for i in range(12)}
+    assert len(files) == 1
+
+
 HOSTILE: dict[str, tuple[Callable[[dict, dict], Any], str]] = {
     "rank": (lambda c, t: c.update(r=3), "wrong rank"),
     "rank type": (lambda c, t: c.update(r="2"), 'r = "2" must be'),
