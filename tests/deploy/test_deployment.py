@@ -46,6 +46,20 @@ SHAPES: dict[str, dict[str, Any]] = {
     "adapters": {"name": "fedit"},
     "one model a node": {"name": "dfedsam", "rho": 0.05},
 }
+LIVES: dict[str, dict[str, Any]] = {
+    "nodes hold their models": {"name": "gossip_relay", "rho": 0.05, "gossip_steps": 2},
+    "masks": {"name": "dispfl"},
+    "pools of labels": {"name": "kafal", "rounds_per_cycle": 1, "participation": 1.0},
+    "a rule alone": {"name": "active_learning", "rule": "badge", "rounds_per_cycle": 1},
+    "fused knowledge": {"name": "knfu"},
+    "one consensus": {"name": "fedmd", "alignment": 20},
+    "votes": {"name": "selective_fd"},
+    "distilled on the server": {"name": "feddf", "server_steps": 3},
+    "local, held by the server": {"name": "local"},
+    "local, held by clients": {"name": "local_only"},
+    "pruned": {"name": "fedspine", "step": 0.3, "interval": 2},
+}
+"""Rounds of several phases, clients that keep something, messages of other shapes."""
 CUT_OFF = 25.0
 DOWN, UP = 16 + 4 * 4096, 20 + 6 * 200
 """Bytes of FedKSeed's messages for K = 4096 and 200 steps: header, accumulators; header, pairs."""
@@ -57,21 +71,25 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Deployme
         yield made
 
 
-def shape(strategy: dict[str, Any]) -> Experiment:
-    """Three rounds with a strategy of some shape."""
+def shape(strategy: dict[str, Any], rounds: int = 3) -> Experiment:
+    """Some rounds with a strategy of some shape, judged at the end."""
     model: Any = {"name": "mlp", "hidden": [16]}
-    if strategy["name"] == "fedit":
+    if strategy["name"] in ("fedit", "fedspine"):
         model = {"name": "lora", "base": "mlp", "rank": 4}
+        model["prunable"] = strategy["name"] == "fedspine"
     return Experiment.model_validate(
         {
-            "experiment": {"name": "shape", "rounds": 3, "seeds": [0]},
-            "data": {"dataset": "digits", "clients": 3, "central_test_fraction": 0.5},
+            "experiment": {"name": "shape", "rounds": rounds, "seeds": [0]},
+            "data": {
+                "dataset": "digits", "clients": 3, "central_test_fraction": 0.5, "public": 40,
+            },
             "model": model,
             "train": {"max_steps": 4},
+            "evaluate": {"every": rounds},
             "runtime": {"executor": "serial"},
             "strategy": [strategy],
         }
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -88,6 +106,17 @@ def test_every_shape_has_the_bits_it_has_here(name: str, running: Any, tmp_path:
             print(f"round {row['round']}: {row['bytes_down']} B down, {row['bytes_up']} B up")
             assert DOWN <= row["bytes_down"] - 134 < DOWN + 400
             assert UP <= row["bytes_up"] - 134 < UP + 400
+
+
+@pytest.mark.parametrize("name", LIVES)
+def test_so_has_every_kind_of_life_on_a_client(name: str, running: Any, tmp_path: Path) -> None:
+    """Two rounds of each, one after another, on the same devices; every message is a process."""
+    deployment, _ = running
+    task = task_of(shape(LIVES[name], 2), tmp_path / "deployed", LIVES[name]["name"])
+    conduct(deployment, task)
+    api.execute(replace(task, path=tmp_path / "local"))
+    assert digest(task.path) == digest(tmp_path / "local")
+    assert {r["status"] for r in rows(task.path) if r["status"]} == {"ok"}
 
 
 def test_a_device_that_hangs_costs_the_cut_off(running: Any, tmp_path: Path) -> None:
