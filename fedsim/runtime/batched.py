@@ -27,6 +27,8 @@ T = TypeVar("T")
 APART = 1e8
 """Operations of a block's step from which blocks are dealt to threads. Smaller ones are over
 before another thread has woken up, and Python runs one thread at a time."""
+APART_BYTES = 32 << 20
+"""Parameters of a block from which it takes long to read and write them."""
 WINDOW = 8
 """Blocks whose clients are sorted by number of steps together."""
 TABLE = 1 << 20
@@ -78,8 +80,9 @@ class Batched:
 
     def map(self, work: Work, then: Callable[[Outcomes], T], keep: bool = True) -> Iterator[T]:
         """Yield `then` of the outcomes of each block, in order of blocks."""
-        examples = min(self.block_size, len(work)) * work.program.batch_size
-        apart = work.program.passes * self.flops * examples >= APART
+        rows, start = min(self.block_size, len(work)), self.model.initial().flat
+        operations = work.program.passes * self.flops * rows * work.program.batch_size
+        apart = operations >= APART or rows * start.nbytes >= APART_BYTES
         workers = self.workers if apart else Workers(1)
         for part, plan in plans(work, self.data):
             blocks = blocks_of(plan.steps, self.block_size)

@@ -28,6 +28,8 @@ from fedsim.runtime.threads import Workers
 
 BLOCK_BYTES = 5 << 20
 """Parameters of a block in bytes: more than that does not stay in the cache."""
+FACTORED_BYTES = 64 << 20
+"""The same where parameters are kept in factors: a program that writes them whole needs it all."""
 LEAST, MOST = 8, 128
 """Clients of a block: fewer waste dispatch and sums in float64, more gain nothing."""
 RESIDENT = 50_000_000
@@ -134,7 +136,8 @@ def block_size(model: FlatModel, chain: Chain | None, visits: int, cohort: int) 
         return 1
     each = model.layout.size * torch.empty((), dtype=model.layout.dtype).element_size()
     thin = chain is not None and chain.thin(visits)
-    fitting = MOST if thin else min(MOST, max(LEAST, BLOCK_BYTES // max(each, 1)))
+    room = FACTORED_BYTES if thin else BLOCK_BYTES
+    fitting = min(MOST, max(LEAST, room // max(each, 1)))
     return max(1, min(fitting, cohort))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -65,6 +65,7 @@ def test_a_layer_may_lose_more_than_another_but_never_everything() -> None:
 shares = st.lists(st.floats(0, 0.99), min_size=1, max_size=5)
 
 
+@example(wanted=[0.71875, 0.0], parts=[(5, 1), (5, 1), (6, 1)])
 @given(shares, st.lists(st.tuples(st.integers(1, 20), st.integers(1, 4)), min_size=1, max_size=4))
 def test_masks_only_shrink_and_come_within_a_group_of_their_share(
     wanted: list[float], parts: list[tuple[int, int]]
@@ -75,7 +76,7 @@ def test_masks_only_shrink_and_come_within_a_group_of_their_share(
         for share in wanted:
             scores = {s.name: torch.rand(s.groups, generator=draw) for s in plan.items}
             after = plan.lowered(kept, scores, share)
-            plan.check(kept, after, max(share, plan.gone(kept)))
+            plan.check(kept, after, share)
             assert not any(bool((after[n] & ~kept[n]).any()) for n in kept)
             assert plan.unpacked(plan.packed(after)).keys() == after.keys()
             if scope == "global":

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from hypothesis import given, reject, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from fedsim.core.errors import ConfigError, DataError
@@ -40,7 +40,7 @@ def clients_for(name: str, clients: int) -> int | None:
 
 
 @pytest.mark.parametrize("name", sorted(set(PARTITIONERS) - {"vertical_even", "vertical_size"}))
-@settings(max_examples=12)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.filter_too_much])
 @given(data=st.data())
 def test_examples_go_to_one_client_each(dataset, deal, name, data):
     raw = dataset(
