@@ -89,10 +89,10 @@ def task_of(experiment: Experiment, out: Path, strategy: str = "scaffold", seed:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """SHA-256 of what must be the same wherever a run was made."""
+    """SHA-256 of what must be the same wherever a run was made; Ray's clients keep a folder too."""
     names = ["rounds.parquet", "clients.parquet"]
     names += [str(p.relative_to(folder)) for p in sorted(folder.glob("**/*.safetensors"))]
-    kept = [n for n in names if not n.startswith("checkpoints")]
+    kept = [n for n in names if not n.startswith(("checkpoints", "client-state"))]
     return {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in kept}
 
 
