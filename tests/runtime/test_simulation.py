@@ -12,14 +12,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
 
 from fedsim import api
 from fedsim.config import load_experiment
@@ -31,6 +32,7 @@ from fedsim.runtime.remote import RemoteGrid
 pytest.importorskip("ray")
 ROOT = Path(__file__).parents[2]
 NODES, ROUNDS = 6, 3
+NICENESS = "RAY_worker_niceness"
 
 CLIENT = """
     import os
@@ -51,7 +53,7 @@ CLIENT = """
             if client == 2 and not mark.exists():
                 mark.touch()
                 os._exit(137)  # as when memory runs out
-            code = ConfigRecord({"file": __file__})
+            code = ConfigRecord({"file": __file__, "niceness": os.nice(0)})
             content = {"arrays": message.content["arrays"], "code": code}
             return Message(RecordDict(content), reply_to=message)
 """
@@ -59,12 +61,15 @@ CLIENT = """
 
 @dataclass
 class Seen:
-    """What the server saw: errors of each round, files the clients' code came from, a tensor."""
+    """What the server saw: errors of each round, where the clients' code came from, a tensor, how
+    nodes were registered, and the clients' niceness.
+    """
 
     errors: list[int]
     files: set[str]
     echo: torch.Tensor
     registered: int
+    niceness: set[int] = field(default_factory=set)
 
 
 VALUES = torch.tensor([1.5, -2.0, 3e38], dtype=torch.bfloat16)
@@ -86,7 +91,9 @@ def talk(folder: Path) -> Callable[[Grid, Callable[[], bool]], Seen]:
             seen.errors.append(sum(r.has_error() for r in replies) + NODES - len(replies))
             for reply in replies:
                 if reply.has_content():
-                    seen.files.add(str(reply.content["code"]["file"]))
+                    code = reply.content.config_records["code"]
+                    seen.files.add(str(code["file"]))
+                    seen.niceness.add(int(str(code["niceness"])))
                     seen.echo = from_record(reply.content.array_records["arrays"])["w"]
         return seen
 
@@ -119,6 +126,7 @@ def test_dead_actor_wrong_directory_race_and_bfloat16(scene: Path) -> None:
     assert seen.errors == [0] * ROUNDS, "dead actor: the message is sent again, the rest is spared"
     assert seen.files == {str(scene / "mine" / "faulty_client.py")}, "wrong directory"
     assert torch.equal(seen.echo, VALUES), "bfloat16"
+    assert seen.niceness == {os.nice(0)}, "clients are no background work"
     assert Path.cwd() == scene / "another"
 
 
@@ -128,6 +136,8 @@ def test_planted_faults_are_found(scene: Path, monkeypatch: pytest.MonkeyPatch) 
     """The engine as it comes: what the test above keeps out is there."""
     monkeypatch.setattr(simulation, "mend_pool", lambda: None)
     monkeypatch.setattr(simulation.contextlib, "chdir", lambda _: contextlib.nullcontext())
+    monkeypatch.delitem(simulation.QUIET, NICENESS)
+    monkeypatch.delenv(NICENESS, raising=False)  # an earlier test of this process has set it
     pool = simulation._mended
     if pool:  # mended by an earlier test of this process
         from flwr.simulation.ray_transport.ray_actor import BasicActorPool
@@ -136,6 +146,7 @@ def test_planted_faults_are_found(scene: Path, monkeypatch: pytest.MonkeyPatch) 
     seen = simulate(scene)
     assert seen.errors[-1] > 0, "a dead actor poisons the rounds after it"
     assert seen.files == {str(scene / "another" / "faulty_client.py")}
+    assert min(seen.niceness) > os.nice(0), "Ray gives its workers a low priority"
 
 
 # ------------------------------------------------------------------------------ whole experiments
@@ -218,6 +229,54 @@ def test_engine_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         simulation.simulate(lambda grid, stopped: None, None, 1, 1)  # type: ignore[arg-type]
 
 
+@pytest.fixture
+def undemanding(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """Ray and Flower's engine never start; the niceness that Ray is told each time it would."""
+    import flwr.simulation
+    import ray
+
+    told: list[str | None] = []
+    monkeypatch.setenv(NICENESS, "")  # so that it is as it was after the test
+    monkeypatch.delenv(NICENESS)
+    monkeypatch.setattr(ray, "init", lambda **_: told.append(os.environ.get(NICENESS)))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(simulation, "mend_pool", lambda: None)
+
+    def engine(server: ServerApp, *_: object, **__: object) -> None:
+        grid: Any = None
+        server(grid, Context(1, 0, {}, RecordDict(), {}))
+
+    monkeypatch.setattr(flwr.simulation, "run_simulation", engine)
+    return told
+
+
+def begin() -> None:
+    simulation.simulate(lambda grid, stopped: None, None, 1, 1)  # type: ignore[arg-type]
+
+
+def test_workers_have_the_priority_of_the_run(undemanding: list[str | None]) -> None:
+    """Ray's own choice, 15, starves clients on a busy machine until the run gives them up."""
+    begin()
+    assert undemanding == ["0"]
+
+
+def test_a_users_priority_of_workers_stays(
+    undemanding: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(NICENESS, "5")
+    begin()
+    assert undemanding == ["5"]
+
+
+def test_planted_priority_is_found(
+    undemanding: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the mend Ray is told nothing, and takes 15."""
+    monkeypatch.delitem(simulation.QUIET, NICENESS)
+    begin()
+    assert undemanding == [None]
+
+
 def test_flwr_run_leaves_the_folder_it_was_started_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,8 +287,11 @@ def test_flwr_run_leaves_the_folder_it_was_started_in(
     simulation.mend_engine()
     assert Path.cwd() == tmp_path == simulation.working_folder()
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/flwr-simulation"])
+    monkeypatch.setenv(NICENESS, "")
+    monkeypatch.delenv(NICENESS)
     simulation.mend_engine()
     assert Path.cwd() == simulation.ROOT
+    assert os.environ[NICENESS] == "0"
     assert simulation.working_folder() == tmp_path
 
 
