@@ -214,12 +214,25 @@ def test_a_sweep_has_a_chapter_for_each_value(sweep: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", ["perplexity", "mse"])
 def test_strategies_without_accuracy(inventor: Any, tmp_path: Path, kind: str) -> None:
     folder = inventor(tmp_path / "runs", labels=("FedAvg", "FedLD"), seeds=2, rounds=4, kind=kind)
-    html, _ = write_report(folder, tmp_path)
+    html, markdown = write_report(folder, tmp_path)
     text = html.read_text()
     metric = "loss" if kind == "mse" else kind
+    pictures = re.findall(r"\((report_files/.+?)\.svg\)", markdown.read_text())
+    assert pictures[0] == f"report_files/outcome-{metric}-bytes"
+    assert pictures.index(f"report_files/curves-{metric}-rounds") > 0
     assert f"FedLD ends with the lowest {metric}" in text
     assert '<h2 id="clients-title">' not in text
     assert "No target was set, so it is the mean final value of FedAvg." in text
+
+
+def test_the_loss_is_drawn_against_bytes_where_they_differ(inventor: Any, tmp_path: Path) -> None:
+    """Also of studies that are judged by accuracy."""
+    for labels in (("FedAvg", "SCAFFOLD"), ("FedAvg", "FedProx")):
+        place = tmp_path / labels[1]
+        folder = inventor(place / "runs", labels=labels, seeds=2, rounds=4, clients=10)
+        write_report(folder, place)
+        there = (place / "report_files" / "curves-loss-bytes.svg").is_file()
+        assert there == ("SCAFFOLD" in labels)
 
 
 def test_strategies_may_lack_what_others_have(tmp_path: Path, written: Any) -> None:

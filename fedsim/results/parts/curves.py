@@ -22,6 +22,9 @@ def curves(runs: Runs) -> Section | None:
     axes: list[plots.Axis] = ["bytes", "seconds", "rounds"]
     axes.remove(first_axis(summary))
     pictures = [plots.curves(runs, summary.metric, axis, summary.target) for axis in axes]
+    loss = "client_loss" if summary.metric.startswith("client") else "loss"
+    if loss != summary.metric and len({(n.bytes_up, n.bytes_down) for n in summary.lines}) > 1:
+        pictures.append(plots.curves(runs, loss, "bytes"))
     others = ("loss", "client_accuracy", "client_loss", "client_worst10", "train_loss")
     pictures += [plots.curves(runs, column) for column in others if column != summary.metric]
     blocks = shown(pictures)

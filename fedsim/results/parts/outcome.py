@@ -86,9 +86,12 @@ def shown(pictures: Iterable[Picture | None]) -> list[Block]:
 
 
 def first_axis(summary: Summary) -> plots.Axis:
-    """Against what the metric is drawn first: bytes, where they differ by ten times or more."""
+    """Against what the metric is drawn first: bytes for losses, by which language models are judged
+    and of which every byte counts, and where strategies differ by ten times or more; else rounds.
+    """
     totals = [line.bytes_up + line.bytes_down for line in summary.lines]
-    return "bytes" if min(totals) > 0 and max(totals) >= 10 * min(totals) else "rounds"
+    first = not summary.higher_is_better or max(totals) >= 10 * min(totals)
+    return "bytes" if first and min(totals) > 0 else "rounds"
 
 
 def strategy_cell(runs: Runs, label: str) -> Cell:
