@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +14,13 @@ from torch import Tensor
 from fedsim.core import gossip, rng
 from fedsim.core.averaging import MetricMean, examples_of, metrics_of
 from fedsim.core.errors import ConfigError, require
-from fedsim.core.nodes import node_of
 from fedsim.core.records import FlatRecord, as_flat, count_bytes
-from fedsim.core.strategy import Aggregate, Served, Strategy
+from fedsim.core.strategy import Aggregate, Served
 from fedsim.core.topology import Network, Weights, second_eigenvalue
+from fedsim.core.unaided import Unaided
 
 
-class DFedAvg(Strategy):
+class DFedAvg(Unaided):
     """DFedAvg: every node trains its own model, then mixes it with its neighbours' models.
 
     Sun, Li, Wang, *Decentralized Federated Averaging*, TPAMI 2022: local SGD steps, then gossip
@@ -69,7 +69,7 @@ class DFedAvg(Strategy):
 
     def start_arrays(self, arrays: ArrayRecord) -> ArrayRecord:
         """Every node starts from the same model."""
-        self._begin(arrays, [node_of(c) for c in range(self.setting.num_clients)])
+        self._begin(arrays, self.setting.population)
         return arrays
 
     def _begin(self, arrays: ArrayRecord, ids: list[int]) -> None:
@@ -84,9 +84,7 @@ class DFedAvg(Strategy):
     ) -> list[Message]:
         """Send every node its own model."""
         nodes = sorted(grid.get_node_ids())
-        if not self.ids:  # Flower runs us by itself, and shows all nodes
-            self._begin(arrays, nodes)
-        self.arrays, self.seed = arrays, int(cast(int, config.get("seed", 0)))
+        self.arrays = arrays
         told = {**config, "server-round": server_round}
         return [
             self.message("train", {"arrays": self.model_of(node, arrays)}, told, node)
@@ -95,7 +93,7 @@ class DFedAvg(Strategy):
 
     def weights(self, server_round: int, active: Iterable[int]) -> Weights:
         """The round's gossip matrix, shape [m, m], when only some nodes (by row) are active."""
-        stream = rng.stream(self.seed, server_round, rng.SERVER, "topology")
+        stream = rng.stream(self.setting.seed, server_round, rng.SERVER, "topology")
         return self.network.weights(len(self.ids), active, server_round, stream)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
@@ -149,12 +147,10 @@ class DFedAvg(Strategy):
         return {"averaged": arrays}
 
     def artefacts(self) -> dict[str, Any]:
-        """The round's graph: for each node those it heard, for the report's picture."""
+        """The last round's graph: for each node those it heard, for the report's picture."""
         if not self.ids:
             return {}
-        rounds = self.setting.rounds if hasattr(self, "setting") else 1
-        self.seed = getattr(self, "seed", 0)
-        weights = self.weights(rounds, range(len(self.ids)))
+        weights = self.weights(self.setting.rounds, range(len(self.ids)))
         edges = [[i, j] for i, j in np.argwhere(weights > 0).tolist() if i < j or not weights[j, i]]
         return {"topology": {"nodes": len(self.ids), "edges": edges, "name": self.network.shown}}
 

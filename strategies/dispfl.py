@@ -15,13 +15,12 @@ from fedsim.core.errors import require
 from fedsim.core.packets import Checked
 from fedsim.core.records import FlatRecord, as_flat
 from fedsim.core.strategy import Aggregate
-from fedsim.core.unaided import Unaided
 from strategies.dfedavg import DFedAvg
 
 MASK = "mask"
 
 
-class DisPFL(Unaided, DFedAvg):
+class DisPFL(DFedAvg):
     """DisPFL: decentralised learning of sparse models, each node with a mask of its own.
 
     Dai, Shen, He, Tian, Tao, *DisPFL: Towards Communication-Efficient Personalized Federated
@@ -58,8 +57,7 @@ class DisPFL(Unaided, DFedAvg):
 
     def client_config(self) -> dict[str, Any]:
         """How masks move."""
-        rounds = self.setting.rounds if hasattr(self, "setting") else 1
-        return {"anneal": self.anneal, "total": rounds}
+        return {"anneal": self.anneal, "total": self.setting.rounds}
 
     def start_arrays(self, arrays: ArrayRecord) -> ArrayRecord:
         """Every node starts from the same model and mask."""
@@ -69,9 +67,8 @@ class DisPFL(Unaided, DFedAvg):
         super()._begin(arrays, ids)
         record = as_flat(arrays)
         layout = record.layout
-        seed = self.setting.seed if hasattr(self, "setting") else 0
         mask = torch.ones(layout.num_trainable, dtype=layout.dtype)
-        draw = rng.stream(seed, 0, rng.SERVER, "mask")
+        draw = rng.stream(self.setting.seed, 0, rng.SERVER, "mask")
         for name in layout.trainable:
             span = layout.span(name)
             if len(layout.shapes[layout.names.index(name)]) < 2:

@@ -82,7 +82,6 @@ class FedDF(Strategy):
         """Send every client the model of its architecture."""
         if not self.heads:
             raise ConfigError("FedDF runs models on the server: call setup() with them first")
-        self.seed = int(str(config.get("seed", 0)))
         told = {**config, "server-round": server_round}
         return [
             self.message("train", {"arrays": self.heads[self.kind_of(node)]}, told, node)
@@ -125,7 +124,7 @@ class FedDF(Strategy):
         """The student after its steps, and its mean loss."""
         model, p = self.setting.models[kind], self.setting.models[kind].layout.num_trainable
         flat, beside = head.flat.clone(), {n: t.clone() for n, t in head.beside.items()}
-        stream = rng.stream(self.seed, server_round, rng.SERVER, f"distillation {kind}")
+        stream = rng.stream(self.setting.seed, server_round, rng.SERVER, f"distillation {kind}")
         weights = flat[:p].clone().requires_grad_()
         adam, total = torch.optim.Adam([weights], self.server_lr), 0.0
 

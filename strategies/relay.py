@@ -13,11 +13,10 @@ from torch import Tensor
 from fedsim.core import gossip
 from fedsim.core.records import as_flat, to_record
 from fedsim.core.strategy import Exchange, Served
-from fedsim.core.unaided import Unaided
 from strategies.dfedsam import DFedSAM
 
 
-class GossipRelay(Unaided, DFedSAM):
+class GossipRelay(DFedSAM):
     """DFedSAM (`rho = 0`: DFedAvg) with the nodes' models where they belong, on the nodes.
 
     The same algorithm and, on one kind of machine, the same bits as `DFedSAM`, by other messages:

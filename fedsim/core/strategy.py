@@ -15,6 +15,7 @@ from torch import Tensor
 from fedsim.core.averaging import MetricMean, examples_of, metrics_of
 from fedsim.core.bulk import Broadcast
 from fedsim.core.model import FlatModel, ModelInfo
+from fedsim.core.nodes import node_of
 from fedsim.core.vector import Resident
 
 Aggregate = tuple["ArrayRecord | None", "MetricRecord | None"]
@@ -60,6 +61,7 @@ class Setting:
         public_digest: digest of the public examples.
         num_outputs: classes, vocabulary size, or regression outputs.
         resident: gives the vector that this process has for a model; None: there is none.
+        nodes: node ids of the population, where they do not follow from client numbers.
     """
 
     info: ModelInfo
@@ -75,6 +77,12 @@ class Setting:
     public_digest: str = ""
     num_outputs: int = 0
     resident: Callable[[], Resident] | None = None
+    nodes: Sequence[int] = ()
+
+    @property
+    def population(self) -> list[int]:
+        """Node ids of all clients, ascending."""
+        return sorted(self.nodes) or [node_of(c) for c in range(self.num_clients)]
 
 
 class Strategy(FlowerStrategy):

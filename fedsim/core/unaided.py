@@ -50,8 +50,8 @@ class Unaided(Strategy):
         """
         if not hasattr(self, "setting"):
             seed = int(str((options.get("train_config") or {}).get("seed", 0)))
-            nodes = len(list(grid.get_node_ids()))
-            self.setup(Setting(guessed(initial_arrays), nodes, seed, num_rounds))
+            nodes, info = sorted(grid.get_node_ids()), guessed(initial_arrays)
+            self.setup(Setting(info, len(nodes), seed, num_rounds, nodes=nodes))
         first = self.start_arrays(initial_arrays)
         if type(self).exchange is Strategy.exchange:
             return super().start(grid, first, num_rounds, **options)

@@ -7,15 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flwr.app import Error, Message
+from flwr.app import ConfigRecord, Error, Message
+from flwr.serverapp import Grid
 
 from clients.dispfl import evolved
+from fedsim.client_app import ProgramApp
 from fedsim.config import StrategyConfig
 from fedsim.core import gossip, topology
 from fedsim.core.errors import ConfigError
-from fedsim.core.records import from_record, record_bytes, to_record
+from fedsim.core.records import from_record, plain, record_bytes, to_record
 from fedsim.data import Ragged
+from fedsim.runner import build_strategy
 from fedsim.runtime import flower
+from fedsim.runtime.grid import LocalGrid
 from strategies.dfedavg import DFedAvg
 from strategies.dispfl import DisPFL
 from tests.contract import toy
@@ -183,6 +187,56 @@ def test_a_network_that_was_cut_heals(parts):
         fed.advance(progress)
     assert progress.rounds[-1]["spectral_gap"] > 0.1
     assert gossip.consensus(nodes(fed)) < 0.5 * apart
+
+
+@pytest.mark.parametrize("name", ["dfedavg", "dispfl", "gossip_relay"])
+def test_the_picture_shows_the_graph_of_the_run_also_when_it_is_only_reloaded(name):
+    """The random graph hangs on the run's seed, which no round tells a run that has none left."""
+    drawn = entry(name, topology="random", degree=1)
+    fed = toy.federation(drawn, rounds=2)
+    toy.run(fed, 2)
+    seen = fed.strategy.last["weights"] > 0
+    again = toy.federation(drawn, rounds=2)
+    again.strategy.load_state_dict(fed.strategy.state_dict())
+    told = again.artefacts()
+    assert told == fed.artefacts()
+    assert {tuple(sorted(e)) for e in told["topology"]["edges"]} == {
+        (i, j) for i, j in np.argwhere(seen).tolist() if i < j
+    }
+
+
+class Numbered(Grid):
+    """Nodes with ids as Flower's: large, without a gap-free order."""
+
+    def __init__(self, inner, ids):
+        self.inner, self.ids = inner, ids
+
+    set_run = push_messages = pull_messages = create_message = run = None
+
+    def get_node_ids(self):
+        return self.ids
+
+    def send_and_receive(self, messages, *, timeout=None):
+        near = [
+            Message(m.content, self.ids.index(m.metadata.dst_node_id) + 1, m.metadata.message_type)
+            for m in messages
+        ]
+        for message, reply in zip(messages, self.inner.send_and_receive(near), strict=True):
+            yield Message(reply.content, reply_to=message)
+
+
+@pytest.mark.parametrize("name", ["dfedavg", "dispfl", "gossip_relay"])
+def test_flowers_own_loop_with_flowers_own_node_ids(name):
+    fed = toy.federation(entry(name, topology="random", degree=2), rounds=2)
+    told = ConfigRecord(dict(fed.told(1)))
+    strategy = build_strategy(entry(name, topology="random", degree=2))
+    ids = [10**15 + 7919 * c for c in range(7)]
+    initial = plain(fed.env.model.initial())
+    grid = Numbered(LocalGrid(ProgramApp(fed.env), 7), ids)
+    strategy.start(grid, initial, 2, train_config=told, evaluate_config=told)
+    toy.run(fed, 2)
+    assert strategy.ids == ids
+    assert torch.equal(strategy.nodes, nodes(fed))
 
 
 # ---------------------------------------------------------------------------- the relay
