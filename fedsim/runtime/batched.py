@@ -37,17 +37,23 @@ WINDOW_BYTES = 1 << 20
 """Inputs that are gathered at a time: what stays in the cache until it is used."""
 
 
-def blocks_of(steps: Ints, size: int) -> list[Ints]:
+def blocks_of(steps: Ints, size: int, alike: bool = True) -> list[Ints]:
     """Places of clients cut into blocks of about equal size, at most `size`.
 
-    Clients of a window of some blocks are sorted by number of steps, most first: clients of one
-    block then end at about the same time, and results still come about in order of clients.
+    Clients of a window of some blocks are sorted by number of steps, most first, and results still
+    come about in order of clients.
+
+    Args:
+        steps: of each client.
+        size: clients of a block.
+        alike: whether clients of one block end at about the same time; otherwise the blocks do.
     """
     blocks: list[Ints] = []
     for first in range(0, len(steps), WINDOW * size):
         window = steps[first : first + WINDOW * size]
         order = first + np.argsort(-window, kind="stable")
-        blocks += np.array_split(order, -(-len(order) // size))
+        count = -(-len(order) // size)
+        blocks += np.array_split(order, count) if alike else [order[i::count] for i in range(count)]
     return blocks
 
 
@@ -85,7 +91,7 @@ class Batched:
         apart = operations >= APART or rows * start.nbytes >= APART_BYTES
         workers = self.workers if apart else Workers(1)
         for part, plan in plans(work, self.data):
-            blocks = blocks_of(plan.steps, self.block_size)
+            blocks = blocks_of(plan.steps, self.block_size, not self.engine.looped)
 
             def do(
                 number: int, part: Work = part, plan: Plan = plan, blocks: list[Ints] = blocks

@@ -1,14 +1,15 @@
 """Layers in a row with a backward pass written by hand, for the models of many clients at once.
 
 Batched matrix products take the place of one small product for each client, and neither autograd
-nor, for plain SGD, the gradient itself is needed. Convolutions run client by client, with
-channels last.
+nor, for plain SGD, the gradient itself is needed. Layers of images in front of them are run client
+by client (`fedsim.runtime.images`).
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -20,8 +21,9 @@ from fedsim.core.criteria import Criterion
 from fedsim.core.model import FlatModel
 from fedsim.core.program import Gradient
 from fedsim.core.records import Layout
-from fedsim.runtime.factors import ChainGradient, Factor, Views, Whole
-from fedsim.runtime.layers import Loss, Point, through_loss
+from fedsim.runtime.factors import ChainGradient, Factor, Point, Views, Whole
+from fedsim.runtime.images import Convolution, Images, Pooling
+from fedsim.runtime.layers import Loss, through_loss
 
 Parts = list[Factor | Whole]
 aten = torch.ops.aten
@@ -44,7 +46,7 @@ inputs from that of the outputs and these."""
 
 
 class Layer(ABC):
-    """One layer; images have shape [C, B, channels, height, width]."""
+    """One layer, for inputs [C, B, ...]."""
 
     @abstractmethod
     def forward(self, point: Point, x: Tensor, tape: list[Any]) -> Tensor:
@@ -86,8 +88,12 @@ class Pointwise(Layer):
     kind: type[nn.Module]
     fresh: bool = False
 
+    def __call__(self, x: Tensor, own: Views) -> Tensor:
+        """As an `ImageLayer`."""
+        return POINTWISE[self.kind][0](x if self.fresh else x.clone())
+
     def forward(self, point: Point, x: Tensor, tape: list[Any]) -> Tensor:
-        out = POINTWISE[self.kind][0](x if self.fresh else x.clone())
+        out = self(x, {})
         tape.append(out)
         return out
 
@@ -96,8 +102,8 @@ class Pointwise(Layer):
 
 
 @dataclass(frozen=True)
-class Weighted(Layer):
-    """A layer with parameters.
+class Dense(Layer):
+    """A Linear layer; any axes between examples and features count as more examples.
 
     Attributes:
         weight: name of the weight.
@@ -107,15 +113,11 @@ class Weighted(Layer):
 
     weight: str
     bias: str | None
-    lowest: bool
+    lowest: bool = True
 
     def own(self, point: Point) -> tuple[Tensor, Tensor | None]:
         """Weight and bias: stacked [C, ...], or as they are where clients share them."""
         return point.values[self.weight], point.values[self.bias] if self.bias else None
-
-
-class Dense(Weighted):
-    """A Linear layer; any axes between examples and features count as more examples."""
 
     def forward(self, point: Point, x: Tensor, tape: list[Any]) -> Tensor:
         x = x.flatten(1, -2) if x.dim() > 3 else x
@@ -147,103 +149,24 @@ class Dense(Weighted):
 
 
 @dataclass(frozen=True)
-class Convolution(Weighted):
-    """A Conv2d layer.
-
-    Attributes:
-        shape: stride, padding and dilation.
-        groups: into which channels are split.
-    """
-
-    shape: tuple[Any, Any, Any]
-    groups: int
-
-    def forward(self, point: Point, x: Tensor, tape: list[Any]) -> Tensor:
-        images = [_channels_last(own) for own in x]
-        tape.append(images)
-        return _stack(
-            [
-                torch.conv2d(own, weight, bias, *self.shape, self.groups)
-                for own, (weight, bias) in zip(images, self._each(point, len(x)), strict=True)
-            ]
-        )
-
-    def backward(self, point: Point, slope: Tensor, kept: Any, parts: Parts) -> Tensor:
-        mask = not self.lowest, True, self.bias is not None
-        rest = *self.shape, False, (0, 0), self.groups, mask  # not transposed
-        found = [
-            aten.convolution_backward(_channels_last(own), images, weight, [len(weight)], *rest)
-            for own, images, (weight, _) in zip(
-                slope, kept, self._each(point, len(slope)), strict=True
-            )
-        ]
-        below, weights, biases = zip(*found, strict=True)
-        parts.append(Whole(self.weight, _stack(weights)))
-        if self.bias is not None:
-            parts.append(Whole(self.bias, _stack(biases)))
-        return slope if self.lowest else _stack(below)
-
-    def _each(self, point: Point, clients: int) -> list[tuple[Tensor, Tensor | None]]:
-        """Weight and bias of each client."""
-        weight, bias = self.own(point)
-        if weight.dim() == 4:
-            return [(weight, bias)] * clients
-        return list(zip(weight, [None] * clients if bias is None else bias, strict=True))
-
-
-@dataclass(frozen=True)
-class Pooling(Layer):
-    """A MaxPool2d layer.
-
-    Attributes:
-        shape: kernel, stride, padding, dilation, and whether sizes are rounded up.
-    """
-
-    shape: tuple[Any, ...]
-
-    def forward(self, point: Point, x: Tensor, tape: list[Any]) -> Tensor:
-        images = _channels_last(x.flatten(0, 1))
-        out, places = aten.max_pool2d_with_indices(images, *self.shape)
-        tape.append((images, places))
-        return out.unflatten(0, x.shape[:2])
-
-    def backward(self, point: Point, slope: Tensor, kept: Any, parts: Parts) -> Tensor:
-        slopes, (images, places) = _channels_last(slope.flatten(0, 1)), kept
-        below = aten.max_pool2d_with_indices_backward(slopes, images, *self.shape, places)
-        return below.unflatten(0, slope.shape[:2])
-
-
-IMAGES = Convolution | Pooling
-
-
-def _channels_last(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def _stack(parts: Sequence[Tensor]) -> Tensor:
-    """Stacked on a new first axis, one tensor as it is."""
-    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
-
-
-@dataclass(frozen=True)
 class Chain:
     """Layers in a row.
 
     Attributes:
         layout: of the model.
         criterion: the task's loss.
-        layers: what is run, the first one first.
-        lowest: number of the first layer that has parameters.
+        images: layers of images that are run first, if there are any.
+        layers: what is run then, the first one first.
+        lowest: number of the first of these that is differentiated.
         full: whether no target is to be ignored.
-        images: whether there are layers of images.
     """
 
     layout: Layout
     criterion: Criterion
+    images: Images | None
     layers: tuple[Layer, ...]
     lowest: int
     full: bool
-    images: bool
 
     @staticmethod
     def of(model: FlatModel, full: bool = False) -> Chain | None:
@@ -256,29 +179,35 @@ class Chain:
         layers, layout = _unfold(model.module), model.layout
         if layers is None:
             return None
-        weighted = [layer for layer in layers if isinstance(layer, Weighted)]
-        owned = {n for layer in weighted for n in (layer.weight, layer.bias) if n}
+        owned = {n for one in layers if isinstance(one, WEIGHTED) for n in _names(one)}
         if not owned or not owned == set(layout.names) == set(layout.trainable):
             return None
-        ends = [i for i, one in enumerate(layers, 1) if isinstance(one, IMAGES)] or [0]
-        before, after = layers[: ends[-1]], layers[ends[-1] :]
-        if any(isinstance(one, Dense | Flat) for one in before):
+        front, rest = _split(layers)
+        if any(isinstance(one, IMAGES) for one in rest):
             return None
-        if before and not any(isinstance(one, Flat) for one in after):
-            return None
-        lowest = layers.index(weighted[0])
-        return Chain(layout, model.criterion, tuple(layers), lowest, full, bool(before))
+        axes = {n: len(layout.shapes[layout.names.index(n)])
+                for one in front if isinstance(one, Convolution) for n in _names(one)}  # fmt: skip
+        dense = [i for i, one in enumerate(rest) if isinstance(one, Dense)]
+        lowest = 0 if axes else dense[0] if dense else len(rest)
+        images = Images(front, axes) if front else None
+        return Chain(layout, model.criterion, images, tuple(rest), lowest, full)
 
     def thin(self, visits: int) -> bool:
         """See `Stackable`: whether the factors are smaller than the weights they stand for."""
-        if self.images or self.layout.dtype not in (torch.float32, torch.float64):
+        if self.layout.dtype not in (torch.float32, torch.float64):
             return False
-        widths = sum(sum(shape) for shape in self.layout.shapes if len(shape) > 1)
-        return visits * widths < self.layout.size
+        dense = [shape for shape in self.layout.shapes if len(shape) == 2]
+        return visits * sum(map(sum, dense)) < sum(map(math.prod, dense))
+
+    @property
+    def looped(self) -> bool:
+        """See `Stackable`."""
+        return self.images is not None
 
     def outputs(self, values: Views, x: Tensor) -> Tensor:
         """See `Stackable`."""
-        out = self._forward(Point(values), x)[0]
+        features = self.images.outputs(values, x) if self.images else x
+        out = self._forward(Point(values), features)[0]
         return out.view(*x.shape[: 2 if self.criterion.name != "next_token" else 3], -1)
 
     def _forward(self, point: Point, x: Tensor) -> tuple[Tensor, list[Any]]:
@@ -296,7 +225,8 @@ class Chain:
         loss: Loss | None,
     ) -> tuple[Tensor, Gradient]:
         """See `Stackable`."""
-        outputs, tape = self._forward(point, x)
+        features, seen = self.images.forward(point.values, x) if self.images else (x, [])
+        outputs, tape = self._forward(point, features)
         shown = outputs
         if self.criterion.classifies:
             shown = outputs.view(*y.shape, -1)
@@ -308,41 +238,61 @@ class Chain:
         slope, parts = slope.reshape(outputs.shape), Parts()
         for layer in reversed(self.layers[self.lowest :]):
             slope = layer.backward(point, slope, tape.pop(), parts)
+        if self.images:
+            parts += self.images.backward(slope, seen)
         return losses, ChainGradient(self.layout, parts)
 
 
-def _unfold(module: nn.Module) -> list[Layer] | None:
+AnyLayer = Layer | Convolution | Pooling
+IMAGES, WEIGHTED = (Convolution, Pooling), (Convolution, Dense)
+
+
+def _names(one: Convolution | Dense) -> list[str]:
+    """A layer's parameters."""
+    return [one.weight, *([one.bias] if one.bias else [])]
+
+
+def _split(layers: list[AnyLayer]) -> tuple[list[Any], list[Any]]:
+    """Layers of images, which end at a `Flat`, and all after it."""
+    if not any(isinstance(one, IMAGES) for one in layers):
+        return [], layers
+    end = next((i for i, one in enumerate(layers) if isinstance(one, Flat | Dense)), len(layers))
+    flat = end < len(layers) and isinstance(layers[end], Flat)
+    return (layers[:end], layers[end + 1 :]) if flat else ([], layers)
+
+
+def _unfold(module: nn.Module) -> list[AnyLayer] | None:
     """The layers of nested `Sequential` modules; None if one is unknown."""
-    layers: list[Layer] = []
+    layers: list[AnyLayer] = []
     for name, one in module.named_modules():
         if type(one) in (nn.Sequential, nn.Identity):
             continue
         layer = _layer(f"{name}." if name else "", one)
         if layer is None or one._forward_hooks or one._forward_pre_hooks:
             return None
-        if isinstance(layer, Weighted) and any(isinstance(below, Weighted) for below in layers):
+        if isinstance(layer, Dense) and any(isinstance(below, WEIGHTED) for below in layers):
             layer = replace(layer, lowest=False)
         if isinstance(layer, Pooling) and layers and layers[-1] == Pointwise(nn.ReLU):
             layers.insert(-1, layer)  # the largest entry is the same, and there are fewer to cut
             continue
         layers.append(layer)
     for i, (below, layer) in enumerate(pairwise(layers), 1):
-        if isinstance(layer, Pointwise) and isinstance(below, Weighted | Pooling):
+        if isinstance(layer, Pointwise) and isinstance(below, Convolution | Pooling | Dense):
             layers[i] = replace(layer, fresh=True)
     return layers
 
 
-def _layer(prefix: str, one: nn.Module) -> Layer | None:
-    """A module as a layer of a chain, the lowest one with parameters perhaps."""
+def _layer(prefix: str, one: nn.Module) -> AnyLayer | None:
+    """A module as a layer of a chain, a Linear one as if it were the lowest."""
     kind: Any = type(one)
     module: Any = one
     if kind in (nn.Linear, nn.Conv2d):
         names = f"{prefix}weight", None if module.bias is None else f"{prefix}bias"
         if kind is nn.Linear:
-            return Dense(*names, True)
+            return Dense(*names)
         if module.padding_mode == "zeros" and not isinstance(module.padding, str):
             shape = module.stride, module.padding, module.dilation
-            return Convolution(*names, True, shape, module.groups)
+            return Convolution(*names, shape, module.groups)
     if kind is nn.MaxPool2d and not module.return_indices:
         pairs = module.kernel_size, module.stride, module.padding, module.dilation
         return Pooling((*map(_pair, pairs), module.ceil_mode))

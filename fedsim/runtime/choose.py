@@ -1,7 +1,8 @@
 """Which executor runs a cohort: decided by what is to be done, never by a clock.
 
-The same model, program and cohort give the same choice on every machine, and the choice goes into
-the run's `config.json`: it changes last bits.
+The same model, program, cohort and number of cores give the same choice, and it goes into the run's
+`config.json`: it changes last bits. Cores count for models of images only, whatever share of them
+`runtime.workers` takes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fedsim.runtime.cohort import Outcomes, Vectors, Work
 from fedsim.runtime.layers import Functional, Stackable
 from fedsim.runtime.plan import visits
 from fedsim.runtime.serial import Serial
-from fedsim.runtime.threads import Workers
+from fedsim.runtime.threads import Workers, available_cores
 
 BLOCK_BYTES = 5 << 20
 """Parameters of a block in bytes: more than that does not stay in the cache."""
@@ -32,6 +33,8 @@ FACTORED_BYTES = 64 << 20
 """The same where parameters are kept in factors: a program that writes them whole needs it all."""
 LEAST, MOST = 8, 128
 """Clients of a block: fewer waste dispatch and sums in float64, more gain nothing."""
+IMAGES = 5
+"""Clients of a block whose models begin with layers of images, which are run one by one."""
 RESIDENT = 50_000_000
 """Parameters of a model that is not copied for every thread."""
 FUNCTIONAL = 300_000
@@ -111,7 +114,7 @@ def choose(
             raise ConfigError(f"runtime.executor = 'threads' is not possible: {apart}")
         return Choice("threads", channels_last=image)
     if not against and chain is not None:
-        kind = "convolutions" if chain.images else "linear layers"
+        kind = "convolutions" if chain.looped else "linear layers"
         return Choice("batched", f"{kind}, differentiated by hand", size)
     if not against and model.layout.size <= FUNCTIONAL and not image:
         return Choice("batched", "a small functional model, stacked programs", size)
@@ -124,7 +127,8 @@ def choose(
 def block_size(model: FlatModel, chain: Chain | None, visits: int, cohort: int) -> int:
     """Clients of a block: as many as have parameters that fit the cache together.
 
-    Clients that are kept in factors take little memory, so it may be most of the cohort.
+    Clients that are kept in factors take little memory, so it may be most of the cohort. Where
+    images take most of the time, blocks are small, and as many as there are cores.
 
     Args:
         model: the model.
@@ -132,9 +136,9 @@ def block_size(model: FlatModel, chain: Chain | None, visits: int, cohort: int) 
         visits: examples that a client goes through in a round.
         cohort: clients of a round.
     """
-    if chain is not None and chain.images:
-        return 1
     each = model.layout.size * torch.empty((), dtype=model.layout.dtype).element_size()
+    if chain is not None and chain.images:
+        return max(1, min(IMAGES, FACTORED_BYTES // max(each, 1), cohort // available_cores()))
     thin = chain is not None and chain.thin(visits)
     room = FACTORED_BYTES if thin else BLOCK_BYTES
     fitting = min(MOST, max(LEAST, room // max(each, 1)))

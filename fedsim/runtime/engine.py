@@ -177,7 +177,7 @@ class Engine:
         """Models in rows of `flat`, each on its own client's examples."""
         own, fields = self.data.test.take(clients), self.data.fields
         sums = np.zeros((len(clients), 3))
-        if self._stack is None or self.choice.block_size == 1:  # outputs of images are large
+        if self._stack is None or self._stack.looped or self.choice.block_size == 1:
             model, layout = self._threads.resident(), self.model.layout
             for i in range(len(clients)):
                 record = FlatRecord(layout, flat[i], beside[i] if beside else None)

@@ -46,6 +46,18 @@ class Factor(NamedTuple):
         return slope * (inputs + math.sqrt(self.slope.shape[1]))
 
 
+class Point(NamedTuple):
+    """Where a block of models is differentiated.
+
+    Attributes:
+        values: parameters by name, stacked [C, ...], or as they are if all clients share them.
+        moves: what the clients added to shared weights, by name; they have C rows or more.
+    """
+
+    values: Views
+    moves: Mapping[str, Sequence[Factor]] = {}
+
+
 class Whole(NamedTuple):
     """What changes one parameter of C clients, written down."""
 
@@ -74,11 +86,6 @@ class ChainGradient(Gradient):
         """``target += alpha * gradient`` in place."""
         self.into(self._layout.views(target), alpha)
 
-    def factors(self, alpha: float) -> list[Factor]:
-        """The gradient times `alpha`; all of its parts are factors."""
-        parts = [part for part in self.parts if isinstance(part, Factor)]
-        return [part._replace(slope=part.slope * alpha) for part in parts]
-
     def into(self, views: Views, alpha: float, beta: float = 1.0) -> None:
         """As `add_to`, for the parameters by name."""
         for part in self.parts:
@@ -86,20 +93,23 @@ class ChainGradient(Gradient):
 
 
 class Moved(Rows):
-    """Models of C clients that moved from one start, in factors: they are not written down.
+    """Models of C clients that moved from one start: their large weights are not written down.
 
-    Client k's Linear layer is ``W + slope_k^T @ inputs_k``, as in low-rank adaptation.
+    Client k's Linear layer is ``W + slope_k^T @ inputs_k``, as in low-rank adaptation. Parameters
+    of other layers are few, and stacked.
 
     Args:
         layout: of the models.
-        start: where all of them started, shape [layout.size].
+        start: where all of them start, shape [layout.size]; or, as long as nothing is added, where
+            each of them does, [C, layout.size].
         size: number of clients.
-        moves: what was added, for the first so many clients each.
     """
 
-    def __init__(self, layout: Layout, start: Tensor, size: int, moves: Sequence[Factor]) -> None:
-        self._layout, self._start, self._size, self._moves = layout, start, size, moves
+    def __init__(self, layout: Layout, start: Tensor, size: int) -> None:
+        self._layout, self._start, self._size = layout, start, size
         self._dense: Tensor | None = None
+        self.moves: dict[str, list[Factor]] = {}
+        self.written: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return self._size
@@ -107,6 +117,27 @@ class Moved(Rows):
     @property
     def dtype(self) -> torch.dtype:
         return self._start.dtype
+
+    def add(self, gradient: ChainGradient, alpha: float) -> None:
+        """``models += alpha * gradient``, for the first clients, as many as the gradient has."""
+        for part in gradient.parts:
+            if isinstance(part, Factor):
+                moved = part._replace(slope=part.slope * alpha)
+                self.moves.setdefault(part.weight, []).append(moved)
+                continue
+            if part.name not in self.written:
+                start = self._layout.view(self._start, part.name)
+                self.written[part.name] = start.expand(self._size, *start.shape).clone()
+            self.written[part.name][: len(part.value)].add_(part.value, alpha=alpha)
+
+    def point(self, shared: Views, clients: int) -> Point:
+        """Where the first so many clients are.
+
+        Args:
+            shared: the start by name.
+            clients: how many.
+        """
+        return Point({**shared, **{n: v[:clients] for n, v in self.written.items()}}, self.moves)
 
     def dense(self) -> Tensor:
         """See `Rows`."""
@@ -117,14 +148,18 @@ class Moved(Rows):
     def into(self, flat: Tensor) -> Tensor:
         """Write the models down in the rows of `flat`."""
         views = self._layout.views(flat.copy_(self._start))
-        for move in self._moves:
+        for name, value in self.written.items():
+            views[name].copy_(value)
+        for move in self._all():
             move.add_to({n: views[n][: len(move.slope)] for n in move[:2] if n}, 1.0)
         return flat
 
     def bounds(self) -> Tensor:
         """See `Rows`."""
         total = torch.linalg.vector_norm(self._start).expand(self._size).clone()
-        for move in self._moves:
+        for value in self.written.values():
+            total += torch.linalg.vector_norm(value.flatten(1), dim=1)
+        for move in self._all():
             total[: len(move.slope)] += move.bounds()
         return total
 
@@ -132,9 +167,14 @@ class Moved(Rows):
         """See `Rows`: one product for each layer and step, whatever the number of clients."""
         mean, share = self._start.clone(), share.to(self._start)
         views = self._layout.views(mean)
-        for move in self._moves:
+        for name, value in self.written.items():
+            views[name].copy_((share @ value.flatten(1)).view(value.shape[1:]))
+        for move in self._all():
             slope = (move.slope * share[: len(move.slope), None, None]).flatten(0, 1)
             views[move.weight].addmm_(slope.t(), move.inputs.flatten(0, 1))
             if move.bias is not None:
                 views[move.bias].add_(slope.sum(0))
         return mean
+
+    def _all(self) -> list[Factor]:
+        return [move for each in self.moves.values() for move in each]

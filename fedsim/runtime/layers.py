@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from threading import local
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +15,7 @@ from fedsim.core.criteria import Criterion
 from fedsim.core.model import FlatModel
 from fedsim.core.program import Gradient, LocalProgram
 from fedsim.core.records import Layout
-from fedsim.runtime.factors import Factor, Views
+from fedsim.runtime.factors import Point, Views
 from fedsim.runtime.serial import PartGradient
 
 LOOPED = 2
@@ -40,20 +40,13 @@ class Loss(NamedTuple):
         return None if plain else Loss(program.loss, program.axial_loss)
 
 
-class Point(NamedTuple):
-    """Where a block of models is differentiated.
-
-    Attributes:
-        values: parameters by name, stacked [C, ...], or as they are if all clients share them.
-        moves: what the clients added to shared parameters, by name; they have C rows or more.
-    """
-
-    values: Views
-    moves: Mapping[str, Sequence[Factor]] = {}
-
-
 class Stackable(Protocol):
     """A model that can be differentiated at stacked parameters."""
+
+    @property
+    def looped(self) -> bool:
+        """Whether most of it runs client by client all the same, and outputs are large."""
+        ...
 
     def outputs(self, values: Views, x: Tensor) -> Tensor:
         """Outputs for inputs [C, B, ...]; values are stacked [C, ...], or shared as they are."""
@@ -107,6 +100,8 @@ def through_loss(
 
 class Functional:
     """Any module without state of its own, by `torch.func`."""
+
+    looped = False
 
     def __init__(self, model: FlatModel) -> None:
         self._model, self._own = model, local()

@@ -17,8 +17,8 @@ from torch import Tensor
 from fedsim.core.bulk import Rows
 from fedsim.core.model import FlatModel
 from fedsim.core.program import Batch, Gradient, LocalProgram, LocalState
-from fedsim.runtime.factors import ChainGradient, Factor, Moved, Views
-from fedsim.runtime.layers import Loss, Point, Stackable
+from fedsim.runtime.factors import ChainGradient, Moved, Point, Views
+from fedsim.runtime.layers import Loss, Stackable
 
 
 class Prefix:
@@ -94,8 +94,8 @@ class StackedState(LocalState):
         thin: bool = False,
     ) -> None:
         prefix = Prefix(size)
-        vars(self).update(prefix=prefix, _own=StackedVectors(prefix), _flat=None, _begin=start)
-        self._room, self._moves = room, dict[str, list[Factor]]()
+        vars(self).update(prefix=prefix, _own=StackedVectors(prefix), _flat=None)
+        self._room, self._moved = room, Moved(model.layout, start, size)
         self.received, self.kept, self.sent, self.metrics = (
             StackedVectors(prefix) for _ in range(4)
         )
@@ -128,19 +128,15 @@ class StackedState(LocalState):
         """The clients' models."""
         if vars(self)["_flat"] is not None or self._shared is None:
             return Rows(self.flat)
-        return self._moved()
-
-    def _moved(self) -> Moved:
-        moves = [move for each in self._moves.values() for move in each]
-        return Moved(self._model.layout, vars(self)["_begin"], self.prefix.size, moves)
+        return self._moved
 
     @property
     def flat(self) -> Tensor:
         """The clients' models, written down, shape [C, layout.size]."""
         flat = vars(self)["_flat"]
         if flat is None:
-            flat = self._moved().into(self._room())
-            if any(self._moves.values()):
+            flat = self._moved.into(self._room())
+            if self._moved.moves or self._moved.written:
                 self._shared = None
             vars(self).update(_flat=flat, _version=flat._version)
         return flat
@@ -165,7 +161,7 @@ class StackedState(LocalState):
         if at is not None:
             return Point({n: layout.view(at, n) for n in layout.trainable})
         if self._shared is not None and (flat is None or flat._version == self._version):
-            return Point(self._shared, self._moves)
+            return self._moved.point(self._shared, self.prefix.active)
         return Point(self._here()[1])
 
     def move(self, gradient: Gradient, alpha: float) -> None:
@@ -173,8 +169,7 @@ class StackedState(LocalState):
         if not isinstance(gradient, ChainGradient):
             gradient.add_to(self.w, alpha)
         elif self._thin and vars(self)["_flat"] is None:
-            for factor in gradient.factors(alpha):
-                self._moves.setdefault(factor.weight, []).append(factor)
+            self._moved.add(gradient, alpha)
         else:
             gradient.into(self._here()[1], alpha)
 

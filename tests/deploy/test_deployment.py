@@ -218,7 +218,9 @@ def supernode(tmp_path: Path, device: Device, key: Path | None = None) -> str:
         (folder / "key").write_bytes(key.read_bytes())
     with Group(tmp_path) as group:
         home = {"FLWR_HOME": str(folder / "flwr")}
-        node = group.start("stranger", device.arguments(folder), env=home)
+        node = group.start(
+            "stranger", [sys.executable, "-m", "fedsim.deploy.node", str(folder)], env=home
+        )
         ended = until(lambda: node.poll() is not None, 45)
         said = (tmp_path / "stranger.log").read_text()
     assert "SuperNode ID" not in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +20,12 @@ from fedsim.core.model import FlatModel
 from fedsim.core.program import LocalProgram, LocalState
 from fedsim.data import FederatedData, Ragged
 from fedsim.runtime import batched
-from fedsim.runtime.batched import Batched
+from fedsim.runtime import choose as choosing
+from fedsim.runtime.batched import Batched, blocks_of
 from fedsim.runtime.chain import Chain
 from fedsim.runtime.choose import choose
 from fedsim.runtime.cohort import Outcomes, Work
-from fedsim.runtime.factors import Moved
-from fedsim.runtime.layers import Point
+from fedsim.runtime.factors import Moved, Point
 from fedsim.runtime.serial import Serial
 from fedsim.runtime.threads import Workers
 
@@ -123,17 +124,29 @@ def test_examples_may_be_gathered_for_a_few_steps_at_a_time(
     assert torch.allclose(ordered(block), alone, rtol=0, atol=1e-12)
 
 
-def test_few_steps_are_kept_as_what_moved_the_clients() -> None:
+def wide_images() -> FlatModel:
+    with rng.isolated(6):
+        return model(
+            nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 9), nn.ReLU(), nn.Linear(9, 3),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("made", "shape"), [(mlp, (5, 10)), (wide_images, (2, 7, 7))])
+def test_few_steps_are_kept_as_what_moved_the_clients(
+    made: Callable[[], FlatModel], shape: tuple[int, ...]
+) -> None:
     program = LocalProgram(batch_size=2, lr=0.3)
-    alone, block = both(mlp(), data((5, 10), [4, 2, 3]), program, 3)
+    alone, block = both(made(), data(shape, [4, 2, 3]), program, 3)
+    assert torch.allclose(ordered(block), alone, rtol=0, atol=1e-12)
     assert isinstance(block.rows, Moved)
     share = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
     written = Rows(block.rows.dense())
     assert torch.allclose(block.rows.mean(share), written.mean(share), rtol=0, atol=1e-12)
     assert bool((block.rows.bounds() >= written.bounds()).all())
-    many, _ = both(mlp(), data((5, 10), [90]), program, 1)
-    assert many.shape == alone[:1].shape
-    assert not isinstance(both(mlp(), data((5, 10), [90]), program, 1)[1].rows, Moved)
+    many, block = both(made(), data(shape, [90]), program, 1)
+    assert torch.allclose(block.flat, many, rtol=0, atol=1e-12)
+    assert not isinstance(block.rows, Moved)
 
 
 class Looks(LocalProgram):
@@ -188,9 +201,22 @@ def test_other_models_are_no_chain(layers: list[nn.Module]) -> None:
     assert Chain.of(model(*layers)) is None
 
 
-def test_convolutions_are_run_one_client_a_block() -> None:
-    choice = choose(images(), data((2, 7, 7), [9, 4, 6]), LocalProgram(batch_size=4), 3)
-    assert (choice.executor, choice.block_size) == ("batched", 1)
+@pytest.mark.parametrize(
+    ("cores", "cohort", "block"), [(1, 3, 3), (2, 3, 1), (2, 10, 5), (2, 100, 5), (16, 10, 1)]
+)
+def test_models_of_images_make_small_blocks_for_all_cores(
+    cores: int, cohort: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choosing, "available_cores", lambda: cores)
+    choice = choose(images(), data((2, 7, 7), [9, 4, 6]), LocalProgram(batch_size=4), cohort)
+    assert (choice.executor, choice.block_size) == ("batched", block)
+
+
+def test_blocks_are_alike_or_their_clients_are() -> None:
+    steps = np.array([1, 9, 2, 8, 3, 7])
+    by_client, by_block = (blocks_of(steps, 3, alike) for alike in (True, False))
+    assert [steps[b].tolist() for b in by_client] == [[9, 8, 7], [3, 2, 1]]
+    assert [steps[b].tolist() for b in by_block] == [[9, 7, 2], [8, 3, 1]]
 
 
 def test_clients_in_factors_make_bigger_blocks() -> None:
