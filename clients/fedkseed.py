@@ -8,9 +8,8 @@ from functools import partial
 from math import isfinite
 
 import numpy as np
-from torch import Tensor
 
-from fedsim.core import directions, kseed
+from fedsim.core import kseed, zeroth
 from fedsim.core.errors import require
 from fedsim.core.packed import PackedProgram
 from fedsim.core.packets import packet, packet_of
@@ -46,8 +45,7 @@ class FedKSeed(PackedProgram):
     exact_restore: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("weight_decay", "momentum"):
-            require(getattr(self, name) == 0, f"train.{name}", getattr(self, name), "0")
+        zeroth.require_plain(vars(self))
         require(self.eps > 0, "eps", self.eps, "above 0")
 
     @property
@@ -60,20 +58,14 @@ class FedKSeed(PackedProgram):
         """Whether only what changed in the accumulators is added."""
         return self.rebuild_mode == "incremental"
 
-    def model_name(self, data: bytes) -> bytes:
-        """The accumulators as received."""
-        return kseed.name_of(data, self.pool)
-
-    def build(self, s: ResidentState, w: Tensor, data: bytes, held: bytes | None) -> None:
-        """``w -= lr * sum_j A[j] z_j``, or its change (A7)."""
-        kseed.build(w, data, held, directions.pool(self.master, self.pool), self.lr, self.basis)
+    def recipe(self, s: ResidentState) -> kseed.Recipe:
+        """The model from the initial one and the accumulators."""
+        return kseed.Recipe(self.master, self.pool, self.lr, self.basis)
 
     def run(self, s: ResidentState) -> None:
         """Take the steps; answer with the pairs of those that were not discarded."""
-        _, chances = kseed.read_down(packet_of(s.records["arrays"]), self.pool)
-        if chances is not None:
-            chances = chances / chances.sum()
-        seeds = directions.pool(self.master, self.pool)
+        seeds = self.recipe(s).seeds
+        chances = kseed.chances_of(packet_of(s.records["arrays"]), self.pool)
         places = s.stream("seeds").choice(self.pool, s.num_steps, p=chances)
         pairs: list[kseed.Pair] = []
         losses: list[float] = []
@@ -96,16 +88,9 @@ class FedKSeed(PackedProgram):
 
         A discarded step gives None and leaves `s.w` as it was.
         """
-        w, lr = s.w, self.lr
-        copy = w.clone() if self.exact_restore else None
-        above, below, g = kseed.two_point(w, seed, self.eps, loss, self.basis)
-        clipped = self.loss_clip > 0 and abs(above - below) > self.loss_clip
-        used = isfinite(g) and not clipped
+        start = s.w.clone() if self.exact_restore else None
+        above, below, g = zeroth.two_point(s.w, seed, self.eps, loss, self.basis)
+        used = isfinite(g) and not 0 < self.loss_clip < abs(above - below)
         g = float(np.float32(g)) if used else 0.0
-        if copy is None:
-            directions.perturb(w, seed, self.eps - lr * g, basis=self.basis)
-        else:
-            w.copy_(copy)
-            if used and lr * g:
-                directions.perturb(w, seed, -lr * g, basis=self.basis)
+        zeroth.land(s.w, seed, self.eps, -self.lr * g, self.basis, start)
         return (g if used else None), (above + below) / 2

@@ -8,7 +8,7 @@ from math import isfinite
 
 import numpy as np
 
-from fedsim.core import directions, kseed
+from fedsim.core import directions, zeroth
 from fedsim.core.errors import require
 from fedsim.core.resident import ResidentProgram, ResidentState
 
@@ -35,8 +35,7 @@ class FedZO(ResidentProgram):
     basis: str = "gaussian"
 
     def __post_init__(self) -> None:
-        for name in ("weight_decay", "momentum"):
-            require(getattr(self, name) == 0, f"train.{name}", getattr(self, name), "0")
+        zeroth.require_plain(vars(self))
         require(self.eps > 0, "eps", self.eps, "above 0")
         require(self.perturbations >= 1, "perturbations", self.perturbations, "1 or more")
 
@@ -52,10 +51,9 @@ class FedZO(ResidentProgram):
             seeds = stream.integers(2**63, size=self.perturbations, dtype=np.uint64)
             slopes = []
             for seed in seeds.tolist():
-                above, below, g = kseed.two_point(
-                    s.w, seed, self.eps, partial(s.loss, batch), self.basis
-                )
-                directions.perturb(s.w, seed, self.eps, basis=self.basis)
+                loss = partial(s.loss, batch)
+                above, below, g = zeroth.two_point(s.w, seed, self.eps, loss, self.basis)
+                zeroth.land(s.w, seed, self.eps, 0.0, self.basis)
                 slopes.append(g)
                 if isfinite(g):
                     losses.append((above + below) / 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fedsim.core import ferret
 from fedsim.core.packed import PackedProgram
@@ -39,14 +38,10 @@ class Ferret(PackedProgram):
     scaling: str = "unbiased"
     half: bool = False
 
-    def model_name(self, data: bytes) -> bytes:
-        """The coordinates as received, without the round's number."""
-        return data[12:]
-
-    def build(self, s: ResidentState, w: Tensor, data: bytes, held: bytes | None) -> None:
+    def recipe(self, s: ResidentState) -> ferret.Recipe:
         """The model from the initial one and the coordinates of all rounds."""
         blocks = ferret.blocks_of(s.sizes, self.multiple)
-        ferret.build(w, data, blocks, self.bases, self.master, self.basis)
+        return ferret.Recipe(self.master, self.bases, blocks, self.basis)
 
     def run(self, s: ResidentState) -> None:
         """Train, project ``start - end``, and send the coordinates."""

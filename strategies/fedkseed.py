@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
-from torch import Tensor
 
-from fedsim.core import directions, kseed
+from fedsim.core import kseed, zeroth
 from fedsim.core.errors import require
-from fedsim.core.packed import PackedStrategy, Parts
-from fedsim.core.records import FlatRecord, from_record, to_record
+from fedsim.core.packed import Numbers, PackedStrategy, Parts
 from fedsim.core.strategy import Setting
-
-SUMS = "sums"
-"""Name of what the server holds: the accumulators A, float64 [K]."""
 
 
 class FedKSeed(PackedStrategy):
@@ -62,6 +56,7 @@ class FedKSeed(PackedStrategy):
     """
 
     client = "fedkseed"
+    keeps: ClassVar[tuple[str, ...]] = ("sums",)
 
     def __init__(
         self,
@@ -82,8 +77,7 @@ class FedKSeed(PackedStrategy):
         require(steps >= 1, "steps", steps, "1 or more")
         require(lr >= 0, "lr", lr, "0 or more")
         require(eps > 0, "eps", eps, "above 0")
-        bases = ("gaussian", "rademacher", "rademacher32")
-        require(basis in bases, "basis", basis, " or ".join(bases))
+        require(basis in zeroth.BASES, "basis", basis, " or ".join(zeroth.BASES))
         require(rebuild in ("exact", "incremental"), "rebuild", rebuild, "exact or incremental")
         require(weight_decay == 0, "weight_decay", weight_decay, "0: scalars cannot express it")
         require(lr_decay == 1, "lr_decay", lr_decay, "1: scalars are summed over all rounds")
@@ -92,12 +86,16 @@ class FedKSeed(PackedStrategy):
         self.weighted, self.rebuild, self.loss_clip = weighted, rebuild, loss_clip
         self.max_scalar, self.scalar_clip = max_scalar, scalar_clip
         self.incremental = rebuild == "incremental"
-        self.sums = np.zeros(pool)
+        self.reset()
+
+    def reset(self) -> None:
+        """A = 0."""
+        self.sums = np.zeros(self.pool)
 
     def setup(self, setting: Setting) -> None:
         """Derive the pool from the run's seed."""
         super().setup(setting)
-        self.seeds = directions.pool(self.master, self.pool)
+        self.recipe = kseed.Recipe(self.master, self.pool, self.lr, self.basis)
 
     def client_config(self) -> dict[str, Any]:
         """What a step needs."""
@@ -105,74 +103,48 @@ class FedKSeed(PackedStrategy):
         own = {n: getattr(self, n) for n in ("lr", "eps", "pool", "loss_clip")}
         return super().client_config() | steps | own | {"rebuild_mode": self.rebuild}
 
-    def held(self) -> FlatRecord:
+    def numbers(self) -> Numbers:
         """The accumulators A, float64 [K]."""
-        return to_record({SUMS: torch.from_numpy(self.sums.copy())})
+        return {"sums": self.sums}
 
-    def take(self, arrays: ArrayRecord) -> None:
+    def hold(self, numbers: Numbers) -> None:
         """Hold these accumulators."""
-        self.sums = from_record(arrays)[SUMS].numpy().copy()
+        self.sums = numbers["sums"]
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Sequence[Message]:
         """Send the accumulators. Raises `ConfigError` for weight decay or momentum."""
-        for name in ("weight_decay", "momentum"):
-            value = config.get(name, 0)
-            require(not value, f"train.{name}", value, "0: scalars cannot express it")
+        zeroth.require_plain(config)
         return super().configure_train(server_round, arrays, config, grid)
 
     def chances(self) -> np.ndarray | None:
         """The probabilities to send, [K]; None: all seeds alike, and nothing is sent."""
         return None
 
-    def pack(self, server_round: int, arrays: ArrayRecord) -> bytes:
-        """The accumulators as float32."""
-        return kseed.pack_down(server_round, from_record(arrays)[SUMS].numpy(), self.chances())
-
-    def name(self, data: bytes) -> bytes:
-        """The accumulators as sent."""
-        return kseed.name_of(data, self.pool)
-
-    def build(self, w: Tensor, data: bytes, held: bytes | None) -> None:
-        """``w -= lr * sum_j A[j] z_j``, or its change (A7)."""
-        kseed.build(w, data, held, self.seeds, self.lr, self.basis)
+    def pack(self, server_round: int, numbers: Numbers) -> bytes:
+        """The accumulators as float32, and Pro's probabilities."""
+        return kseed.pack_down(server_round, numbers["sums"], self.chances())
 
     def limit(self) -> int:
         """A pair for each step."""
-        return 20 + kseed.pair_type(self.pool).itemsize * self.steps
+        return kseed.most_up(self.pool, self.steps)
 
     def check(self, data: bytes, round: int | None = None) -> tuple[int, Any, Any]:
         """Pairs of this round, within the pool."""
         return kseed.read_up(data, self.pool, self.steps, round, self.max_scalar)
 
     def absorb(self, parts: Parts) -> None:
-        """Add the clients' scalar gradients to the accumulators (A6)."""
-        total = sum(weight for weight, _ in parts)
-        sums = self.sums.copy()
-        for weight, data in parts:
+        """``A[j] += sum_i c_i g`` (A6)."""
+        for share, data in parts:
             _, places, scalars = self.check(data)
             if self.scalar_clip:
                 scalars = scalars.clip(-self.scalar_clip, self.scalar_clip)
-            np.add.at(sums, places, weight / total * scalars)
+            np.add.at(self.sums, places, share * scalars)
             self.observe(places, scalars)
-        self.sums = sums
 
     def observe(self, places: Any, scalars: Any) -> None:
         """Look at a client's scalar gradients; places [n], scalars [n]."""
-
-    def replay(self, entries: Iterable[bytes]) -> ArrayRecord:
-        """What the server holds after these rounds, from the ledger alone (after `setup`)."""
-        self.load_state_dict(type(self)(pool=self.pool).state_dict())
-        return super().replay(entries)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The accumulators."""
-        return {SUMS: torch.from_numpy(self.sums.copy())}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back."""
-        self.sums = state[SUMS].numpy().copy()
 
 
 class FedKSeedPro(FedKSeed):
@@ -192,6 +164,8 @@ class FedKSeedPro(FedKSeed):
         ConfigError: a parameter is out of range.
     """
 
+    keeps = ("sums", "totals", "counts")
+
     def __init__(
         self, amplitude_clip: float = 1000.0, history_start: str = "zero", **options: Any
     ) -> None:
@@ -199,6 +173,10 @@ class FedKSeedPro(FedKSeed):
         require(amplitude_clip > 0, "amplitude_clip", amplitude_clip, "above 0")
         require(history_start in ("zero", "none"), "history_start", history_start, "zero or none")
         self.amplitude_clip, self.history_start = amplitude_clip, history_start
+
+    def reset(self) -> None:
+        """No history yet."""
+        super().reset()
         self.totals, self.counts = np.zeros(self.pool), np.zeros(self.pool)
 
     def chances(self) -> np.ndarray:
@@ -210,13 +188,3 @@ class FedKSeedPro(FedKSeed):
         """Add to the histories."""
         np.add.at(self.totals, places, np.minimum(np.abs(scalars), self.amplitude_clip))
         np.add.at(self.counts, places, 1.0)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Accumulators and histories."""
-        own = {"totals": self.totals, "counts": self.counts}
-        return super().state_dict() | {n: torch.from_numpy(a.copy()) for n, a in own.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back."""
-        super().load_state_dict(state)
-        self.totals, self.counts = (state[n].numpy().copy() for n in ("totals", "counts"))

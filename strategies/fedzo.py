@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedsim.core.errors import require
+from fedsim.core.zeroth import BASES
 from strategies.fedavg import FedAvg
 
 
@@ -36,10 +37,9 @@ class FedZO(FedAvg):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        bases = ("gaussian", "rademacher", "rademacher32")
         require(eps > 0, "eps", eps, "above 0")
         require(perturbations >= 1, "perturbations", perturbations, "1 or more")
-        require(basis in bases, "basis", basis, " or ".join(bases))
+        require(basis in BASES, "basis", basis, " or ".join(BASES))
         self.eps, self.perturbations, self.basis = eps, perturbations, basis
 
     def client_config(self) -> dict[str, Any]:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import torch
-from flwr.app import ArrayRecord, Message
-from torch import Tensor
+from flwr.app import Message
 
 from fedsim.core import ferret
 from fedsim.core.errors import require
 from fedsim.core.nodes import client_at
-from fedsim.core.packed import PackedStrategy, Parts
-from fedsim.core.records import FlatRecord, from_record, to_record
+from fedsim.core.packed import Numbers, PackedStrategy, Parts
 from fedsim.core.strategy import Setting
 
-PREFIX = "coordinates-"
 LARGEST = 1e12
 """Largest absolute coordinate that is taken."""
 
@@ -57,6 +51,7 @@ class Ferret(PackedStrategy):
     """
 
     client = "ferret"
+    keeps = ("velocity",)
 
     def __init__(
         self,
@@ -84,9 +79,10 @@ class Ferret(PackedStrategy):
         self.basis, self.multiple, self.budget, self.scaling = basis, multiple, budget, scaling
         self.half, self.weighted = half, weighted
         self.blocks: list[int] = []
-        self._empty()
+        self.reset()
 
-    def _empty(self) -> None:
+    def reset(self) -> None:
+        """All coordinates are 0."""
         shape = (len(self.blocks), self.bases)
         self.sets, self.velocity = {0: np.zeros(shape)}, np.zeros(shape)
 
@@ -94,37 +90,29 @@ class Ferret(PackedStrategy):
         """Cut the model into blocks."""
         super().setup(setting)
         self.blocks = ferret.blocks_of(self.sizes, self.multiple)
-        self._empty()
+        self.recipe = ferret.Recipe(self.master, self.bases, self.blocks, self.basis)
+        self.reset()
 
     def client_config(self) -> dict[str, Any]:
         """What a client needs to find the same bases."""
         names = ("bases", "fresh", "multiple", "budget", "scaling", "half")
         return super().client_config() | {n: getattr(self, n) for n in names}
 
-    def held(self) -> FlatRecord:
+    def numbers(self) -> Numbers:
         """The summed coordinates of each set of bases, float64 [L, K]."""
-        items = sorted(self.sets.items())
-        return to_record({f"{PREFIX}{n}": torch.from_numpy(c.copy()) for n, c in items})
+        return ferret.named(self.sets)
 
-    def take(self, arrays: ArrayRecord) -> None:
+    def hold(self, numbers: Numbers) -> None:
         """Hold these coordinates."""
-        self.sets = {n: c.copy() for n, c in _sets(arrays).items()}
+        self.sets = ferret.unnamed(numbers)
 
-    def pack(self, server_round: int, arrays: ArrayRecord) -> bytes:
+    def pack(self, server_round: int, numbers: Numbers) -> bytes:
         """The coordinates as float32."""
-        return ferret.pack_down(server_round, _sets(arrays))
-
-    def name(self, data: bytes) -> bytes:
-        """The coordinates as sent, without the round's number."""
-        return data[12:]
-
-    def build(self, w: Tensor, data: bytes, held: bytes | None) -> None:
-        """``w -= V (sum of the averages)``."""
-        ferret.build(w, data, self.blocks, self.bases, self.master, self.basis)
+        return ferret.pack_down(server_round, ferret.unnamed(numbers))
 
     def limit(self) -> int:
         """All coordinates of all blocks."""
-        return 20 + 2 * len(self.blocks) + 4 * len(self.blocks) * self.bases
+        return ferret.most_up(len(self.blocks), self.bases)
 
     def check(self, data: bytes, round: int | None = None) -> tuple[int, Any]:
         """Coordinates of this round, for these blocks."""
@@ -134,34 +122,16 @@ class Ferret(PackedStrategy):
         """The number of the set of bases, and the packet."""
         client = client_at(reply.metadata.src_node_id)
         number = ferret.number_of(self.fresh, server_round, client)
-        return struct.pack("<I", number) + super().entry(server_round, reply)
+        return ferret.with_number(number, super().entry(server_round, reply))
 
     def absorb(self, parts: Parts) -> None:
-        """Average the coordinates of each set, and step."""
-        total = sum(weight for weight, _ in parts)
+        """Average the coordinates of each set of bases, and step."""
         sums: dict[int, np.ndarray] = {}
-        for weight, data in parts:
-            (number,) = struct.unpack_from("<I", data)
-            _, found = self.check(data[4:])
-            sums[number] = sums.get(number, 0.0) + weight / total * found
+        for share, entry in parts:
+            number, data = ferret.number_and(entry)
+            _, found = self.check(data)
+            sums[number] = sums.get(number, 0.0) + share * found
         for number, mean in sums.items():
             if self.momentum:
                 mean = self.velocity = self.momentum * self.velocity + mean
             self.sets[number] = self.sets.get(number, 0.0) + self.server_lr * mean
-
-    def replay(self, entries: Iterable[bytes]) -> ArrayRecord:
-        """What the server holds after these rounds, from the ledger alone (after `setup`)."""
-        self._empty()
-        return super().replay(entries)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The server's momentum."""
-        return {"velocity": torch.from_numpy(self.velocity.copy())}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
-        self.velocity = state["velocity"].numpy().copy()
-
-
-def _sets(arrays: ArrayRecord) -> dict[int, np.ndarray]:
-    return {int(n.removeprefix(PREFIX)): t.numpy() for n, t in from_record(arrays).items()}

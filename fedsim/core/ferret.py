@@ -21,15 +21,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.core import directions
-from fedsim.core.packets import HEADER, Header
+from fedsim.core.packets import HEADER, Header, require_sound
 
 DOWN, UP, UP_HALF = 4, 5, 6
+PREFIX = "coordinates-"
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -105,12 +107,24 @@ def add(
         directions.combine(w, seeds[:last], coordinates[:, :last], basis=basis, blocks=blocks)
 
 
-def build(
-    w: Tensor, data: bytes, blocks: Sequence[int], bases: int, master: int, basis: str
-) -> None:
-    """Turn the initial model into that of a server's packet."""
-    for number, coordinates in read_down(data, len(blocks), bases).items():
-        add(w, seeds_of(master, number, bases), blocks, -coordinates, basis)
+@dataclass(frozen=True)
+class Recipe:
+    """The model from a server's packet: ``w = w0 - V (sum of the coordinates)``, set by set."""
+
+    master: int
+    bases: int
+    blocks: Sequence[int]
+    basis: str
+
+    def name(self, data: bytes) -> bytes:
+        """The coordinates as sent, without the round's number."""
+        return data[12:]
+
+    def build(self, w: Tensor, data: bytes, held: bytes | None) -> None:
+        """Add the coordinates of all rounds to the initial model."""
+        for number, coordinates in read_down(data, len(self.blocks), self.bases).items():
+            seeds = seeds_of(self.master, number, self.bases)
+            add(w, seeds, self.blocks, -coordinates, self.basis)
 
 
 def seeds_of(master: int, number: int, bases: int) -> NDArray[np.uint64]:
@@ -149,6 +163,11 @@ def pack_up(
     return head + counts.astype("<u2").tobytes() + scales + body
 
 
+def most_up(blocks: int, bases: int) -> int:
+    """Bytes of a client's packet, at most: all coordinates of all blocks."""
+    return HEADER.size + 4 + 2 * blocks + 4 * blocks * bases
+
+
 def read_up(
     data: bytes, blocks: int, bases: int, round: int | None = None, largest: float = np.inf
 ) -> tuple[int, Floats]:
@@ -164,9 +183,8 @@ def read_up(
     Raises:
         ValueError: it must not be used; the message says why.
     """
-    kind = struct.unpack_from("<IHH", data)[2] if len(data) >= HEADER.size else UP
-    half = kind == UP_HALF
-    header, at = Header.read(data, UP_HALF if half else UP, round), HEADER.size + 4
+    header, at = Header.read(data, (UP, UP_HALF), round), HEADER.size + 4
+    half = header.algorithm == UP_HALF
     start = at + 2 * blocks + (4 * blocks if half else 0)
     if header.items != blocks or len(data) < start:
         raise ValueError(f"{len(data)} bytes for {header.items} blocks; the model has {blocks}")
@@ -180,10 +198,7 @@ def read_up(
     if half:
         scale = np.frombuffer(data, "<f4", blocks, at + 2 * blocks).astype(np.float64)
         values = values * np.repeat(scale, counts)
-    if not np.isfinite(values).all():
-        raise ValueError("a coordinate is NaN or infinite")
-    if len(values) and np.abs(values).max() > largest:
-        raise ValueError(f"a coordinate is beyond {largest:g}")
+    require_sound(values, "coordinate", largest)
     (examples,) = struct.unpack_from("<I", data, HEADER.size)
     return examples, _matrix(values, counts, bases)
 
@@ -204,7 +219,7 @@ def read_down(data: bytes, blocks: int, bases: int) -> dict[int, Floats]:
     Raises:
         ValueError: it is no such packet, or one for another model.
     """
-    header, at = Header.read(data, DOWN), HEADER.size
+    header, at = Header.read(data, (DOWN,)), HEADER.size
     sets: dict[int, Floats] = {}
     for _ in range(header.items):
         if len(data) < at + 4 + 2 * blocks:
@@ -233,3 +248,23 @@ def number_of(fresh: str, round: int, client: int) -> int:
     if fresh == "fixed":
         return 0
     return round << 16 | (client + 1 if fresh == "client" else 0)
+
+
+def with_number(number: int, data: bytes) -> bytes:
+    """A client's packet behind the number of its set of bases, for the ledger."""
+    return struct.pack("<I", number) + data
+
+
+def number_and(part: bytes) -> tuple[int, bytes]:
+    """The inverse of `with_number`."""
+    return struct.unpack_from("<I", part)[0], part[4:]
+
+
+def named(sets: Mapping[int, Floats]) -> dict[str, Floats]:
+    """The sets of coordinates under the names that they have in a record, in order."""
+    return {f"{PREFIX}{number}": coordinates for number, coordinates in sorted(sets.items())}
+
+
+def unnamed(found: Mapping[str, Floats]) -> dict[int, Floats]:
+    """The inverse of `named`."""
+    return {int(name.removeprefix(PREFIX)): coordinates for name, coordinates in found.items()}

@@ -18,7 +18,9 @@ Packets, little endian, after the 16 bytes of a `Header`:
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.core import directions
-from fedsim.core.packets import HEADER, Header
+from fedsim.core.packets import HEADER, Header, require_sound
 
 DOWN, DOWN_PRO, UP = 1, 2, 3
 Floats = NDArray[np.float64]
@@ -52,19 +54,29 @@ def read_down(data: bytes, pool: int) -> tuple[Floats, Floats | None]:
     Raises:
         ValueError: it is no such packet, or one for another size of the pool.
     """
-    kind = struct.unpack_from("<IHH", data)[2] if len(data) >= HEADER.size else DOWN
-    header = Header.read(data, DOWN_PRO if kind == DOWN_PRO else DOWN)
-    columns = 2 if kind == DOWN_PRO else 1
+    header = Header.read(data, (DOWN, DOWN_PRO))
+    columns = 2 if header.algorithm == DOWN_PRO else 1
     if header.items != pool or len(data) != HEADER.size + 4 * columns * pool:
         raise ValueError(f"{len(data)} bytes for {header.items} seeds; the pool has {pool}")
     rows = np.frombuffer(data, "<f4", offset=HEADER.size).reshape(columns, pool).astype(np.float64)
     return rows[0], rows[1] if columns == 2 else None
 
 
+def chances_of(data: bytes, pool: int) -> Floats | None:
+    """Probabilities [K] of a server's packet, float32 as they are scaled to 1; None: uniform."""
+    _, chances = read_down(data, pool)
+    return None if chances is None else chances / chances.sum()
+
+
 def pack_up(round: int, minibatches: int, pairs: Sequence[Pair], pool: int) -> bytes:
     """A client's packet: what it measured along which direction."""
     body = np.array(pairs, dtype=pair_type(pool)).tobytes()
     return Header(UP, round, len(pairs)).pack() + struct.pack("<I", minibatches) + body
+
+
+def most_up(pool: int, steps: int) -> int:
+    """Bytes of a client's packet, at most: a pair for each step."""
+    return HEADER.size + 4 + pair_type(pool).itemsize * steps
 
 
 def read_up(
@@ -82,7 +94,7 @@ def read_up(
     Raises:
         ValueError: it must not be used; the message says why.
     """
-    header = Header.read(data, UP, round)
+    header = Header.read(data, (UP,), round)
     kind, start = pair_type(pool), HEADER.size + 4
     if header.items > steps or len(data) != start + header.items * kind.itemsize:
         raise ValueError(f"{len(data)} bytes for {header.items} pairs; {steps} steps were asked")
@@ -91,31 +103,34 @@ def read_up(
     places, scalars = pairs["place"].astype(np.int64), pairs["scalar"].astype(np.float64)
     if len(places) and places.max() >= pool:
         raise ValueError(f"seed {places.max()} is outside the pool of {pool}")
-    if not np.isfinite(scalars).all():
-        raise ValueError("a scalar gradient is NaN or infinite")
-    if len(scalars) and np.abs(scalars).max() > largest:
-        raise ValueError(f"a scalar gradient is beyond {largest:g}")
+    require_sound(scalars, "scalar gradient", largest)
     return minibatches, places, scalars
 
 
-def as_sent(sums: Floats) -> Floats:
-    """Accumulators as clients get them: rounded to float32, so that all hold the same model."""
-    return sums.astype(np.float32).astype(np.float64)
+@dataclass(frozen=True)
+class Recipe:
+    """The model from a server's packet: ``w = w0 - lr sum_j A[j] z_j`` (A7)."""
 
+    master: int
+    pool: int
+    lr: float
+    basis: str
 
-def name_of(data: bytes, pool: int) -> bytes:
-    """What tells the model of a server's packet from others: the accumulators as sent."""
-    return data[HEADER.size : HEADER.size + 4 * pool]
+    @cached_property
+    def seeds(self) -> NDArray[np.uint64]:
+        """The pool, uint64 [K]."""
+        return directions.pool(self.master, self.pool)
 
+    def name(self, data: bytes) -> bytes:
+        """The accumulators as sent."""
+        return data[HEADER.size : HEADER.size + 4 * self.pool]
 
-def build(
-    w: Tensor, data: bytes, held: bytes | None, seeds: NDArray[np.uint64], lr: float, basis: str
-) -> None:
-    """Turn the initial model, or the one named `held`, into that of a server's packet (A7)."""
-    sums, _ = read_down(data, len(seeds))
-    if held is not None:
-        sums = sums - np.frombuffer(held, "<f4").astype(np.float64)
-    rebuild(w, seeds, sums, lr, basis)
+    def build(self, w: Tensor, data: bytes, held: bytes | None) -> None:
+        """Add all of the accumulators to the initial model, or what changed to the one `held`."""
+        sums, _ = read_down(data, self.pool)
+        if held is not None:
+            sums = sums - np.frombuffer(held, "<f4").astype(np.float64)
+        rebuild(w, self.seeds, sums, self.lr, self.basis)
 
 
 def rebuild(w: Tensor, seeds: NDArray[np.uint64], sums: Floats, lr: float, basis: str) -> None:
@@ -131,20 +146,6 @@ def rebuild(w: Tensor, seeds: NDArray[np.uint64], sums: Floats, lr: float, basis
     used = np.flatnonzero(sums)
     if len(used):
         directions.combine(w, seeds[used], -lr * sums[used], basis=basis)
-
-
-def two_point(
-    w: Tensor, seed: int, eps: float, loss: Callable[[], float], basis: str = "gaussian"
-) -> tuple[float, float, float]:
-    """Losses at ``w + eps z`` and ``w - eps z``, and the slope along z between them (A2, A3).
-
-    Two walks; it leaves `w` at ``w - eps z``, so that restoring it and the step are one walk more.
-    """
-    directions.perturb(w, seed, eps, basis=basis)
-    above = loss()
-    directions.perturb(w, seed, -2 * eps, basis=basis)
-    below = loss()
-    return above, below, (above - below) / (2 * eps)
 
 
 def amplitudes(totals: Floats, counts: Floats, start: bool) -> Floats:

@@ -13,24 +13,38 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.core import rng
 from fedsim.core.averaging import MetricMean, examples_of, metrics_of
 from fedsim.core.errors import ConfigError
 from fedsim.core.packets import Expected, packet, packet_of
-from fedsim.core.records import FlatRecord, as_flat
+from fedsim.core.records import FlatRecord, as_flat, from_record, to_record
 from fedsim.core.resident import ResidentProgram, ResidentState, settle
 from fedsim.core.strategy import Aggregate, Served, Setting, Strategy
 from fedsim.core.vector import Resident
 
 Parts = Sequence[tuple[float, bytes]]
 """One round's replies in canonical order: each client's weight and packet."""
+Numbers = Mapping[str, NDArray[np.float64]]
+"""What a server holds, by name."""
+
+
+class Recipe(Protocol):
+    """How the model follows from a server's packet; both halves of an algorithm have the same."""
+
+    def name(self, data: bytes) -> bytes:
+        """What tells the model of a packet from others."""
+
+    def build(self, w: Tensor, data: bytes, held: bytes | None) -> None:
+        """Turn the trainable initial values, or those of the model `held`, into a packet's."""
 
 
 def layout_mark(sizes: Sequence[int], dtype: torch.dtype, basis: str) -> str:
@@ -57,35 +71,43 @@ def read_entry(entry: bytes) -> list[tuple[float, bytes]]:
 class PackedStrategy(Strategy):
     """Base of server halves whose model follows from a packet.
 
-    Subclasses say what is held (`held`, `take`), how it is sent (`pack`), what a reply may be
-    (`limit`, `check`), what it does (`absorb`) and how the model is made (`name`, `build`).
+    Subclasses say what is held (`reset`, `numbers`, `hold`), how it is sent (`pack`), what a reply
+    may be (`limit`, `check`) and what it does (`absorb`); in `setup` they set `recipe`.
 
     Attributes:
+        keeps: names of the arrays, float64, that are state.
         basis: kind of direction.
         weighted: weigh clients by their examples; False: all alike.
-        incremental: let `build` start from the model before.
+        incremental: let `recipe` start from the model before.
         master: number that all seeds are derived from, of the run's seed.
         sizes: number of elements of each trainable entry.
+        recipe: how the model is made.
     """
 
+    keeps: ClassVar[tuple[str, ...]] = ()
     basis: str
     weighted: bool
     incremental = False
     master = 0
     sizes: tuple[int, ...] = ()
+    recipe: Recipe
     _resident: Resident | None = None
     _entry: bytes | None = None
 
     @abstractmethod
-    def held(self) -> FlatRecord:
+    def reset(self) -> None:
+        """Hold what there is before the first round."""
+
+    @abstractmethod
+    def numbers(self) -> Numbers:
         """What the server holds."""
 
     @abstractmethod
-    def take(self, arrays: ArrayRecord) -> None:
+    def hold(self, numbers: Numbers) -> None:
         """Hold this from now on."""
 
     @abstractmethod
-    def pack(self, server_round: int, arrays: ArrayRecord) -> bytes:
+    def pack(self, server_round: int, numbers: Numbers) -> bytes:
         """The packet for clients."""
 
     @abstractmethod
@@ -98,15 +120,7 @@ class PackedStrategy(Strategy):
 
     @abstractmethod
     def absorb(self, parts: Parts) -> None:
-        """Take in one round's replies."""
-
-    @abstractmethod
-    def name(self, data: bytes) -> bytes:
-        """What tells the model of a server's packet from others."""
-
-    @abstractmethod
-    def build(self, w: Tensor, data: bytes, held: bytes | None) -> None:
-        """Turn the trainable initial values, or those of the model `held`, into a packet's."""
+        """Take in one round's replies: each client's share of all weights, and its `entry`."""
 
     def entry(self, server_round: int, reply: Message) -> bytes:
         """What a reply adds to the ledger."""
@@ -122,18 +136,22 @@ class PackedStrategy(Strategy):
 
     def start_arrays(self, arrays: ArrayRecord) -> ArrayRecord:
         """Nothing learnt yet; the initial model is everybody's own."""
-        return self.held()
+        return self._record()
 
     def client_config(self) -> dict[str, Any]:
         """What a client needs to find the same directions."""
         mark = layout_mark(self.sizes, self.setting.info.layout.dtype, self.basis)
         return {"master": self.master, "basis": self.basis, "layout": mark}
 
+    def _record(self) -> FlatRecord:
+        held = self.numbers().items()
+        return to_record({n: torch.from_numpy(a.copy()) for n, a in held})
+
     def _send(
         self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Sequence[Message]:
         told = {**config, "server-round": server_round}
-        content = {"arrays": packet(self.pack(server_round, arrays))}
+        content = {"arrays": packet(self.pack(server_round, _numbers(arrays)))}
         return self.broadcast(kind, content, told, sorted(grid.get_node_ids()))
 
     def configure_train(
@@ -141,7 +159,7 @@ class PackedStrategy(Strategy):
     ) -> Sequence[Message]:
         """Send the packet."""
         arrays = settle(self, arrays, config)
-        self.take(arrays)
+        self.hold(_numbers(arrays))
         return self._send("train", server_round, arrays, config, grid)
 
     def configure_evaluate(
@@ -167,13 +185,13 @@ class PackedStrategy(Strategy):
             metrics.add(metrics_of(reply.content), weight)
         if not parts:
             return None, None
-        self.absorb(parts)
+        self.absorb(_shares(parts))
         self._entry = pack_entry(parts)
-        return self.held(), metrics.record()
+        return self._record(), metrics.record()
 
     def models(self, arrays: ArrayRecord) -> dict[str, Served]:
         """The model, made in place in the one vector of this process; use it before the next."""
-        setting, data = self.setting, self.pack(0, arrays)
+        setting, data = self.setting, self.pack(0, _numbers(arrays))
         layout = setting.info.layout
         if self._resident is None:
             initial = setting.initial
@@ -182,8 +200,8 @@ class PackedStrategy(Strategy):
             self._resident = own()
         resident = self._resident
         resident.restore(
-            self.name(data),
-            lambda flat, held: self.build(flat[: layout.num_trainable], data, held),
+            self.recipe.name(data),
+            lambda flat, held: self.recipe.build(flat[: layout.num_trainable], data, held),
             self.incremental,
         )
         return {"model": Served(FlatRecord(layout, resident.flat, resident.beside))}
@@ -194,16 +212,35 @@ class PackedStrategy(Strategy):
 
     def replay(self, entries: Iterable[bytes]) -> ArrayRecord:
         """What the server holds after these rounds, from the ledger alone (after `setup`)."""
+        self.reset()
         for entry in entries:
-            self.absorb(read_entry(entry))
-        return self.held()
+            self.absorb(_shares(read_entry(entry)))
+        return self._record()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The arrays that are state."""
+        return {n: torch.from_numpy(getattr(self, n).copy()) for n in self.keeps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        for name in self.keeps:
+            setattr(self, name, state[name].numpy().copy())
+
+
+def _numbers(arrays: ArrayRecord) -> Numbers:
+    return {n: t.numpy().copy() for n, t in from_record(arrays).items()}
+
+
+def _shares(parts: Parts) -> Parts:
+    total = sum(weight for weight, _ in parts)
+    return [(weight / total, data) for weight, data in parts]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedProgram(ResidentProgram):
     """Base of client halves that build their model from a packet.
 
-    Subclasses give `model_name` and `build`, as the server half does, and `run`.
+    Subclasses give `recipe`, the server half's, and `run`.
 
     Attributes:
         master: number that all seeds are derived from.
@@ -218,12 +255,9 @@ class PackedProgram(ResidentProgram):
     basis: str = "gaussian"
     layout: str = ""
 
-    def model_name(self, data: bytes) -> bytes:
-        """What tells the model of a server's packet from others."""
-        return data
-
-    def build(self, s: ResidentState, w: Tensor, data: bytes, held: bytes | None) -> None:
-        """Turn the trainable initial values, or those of the model `held`, into a packet's."""
+    @abstractmethod
+    def recipe(self, s: ResidentState) -> Recipe:
+        """How the model is made."""
 
     def name(self, s: ResidentState) -> bytes | None:
         """The name of the model that was sent, if it was meant for this model."""
@@ -233,8 +267,9 @@ class PackedProgram(ResidentProgram):
                 f"layout = {mark} must be the server's, {self.layout}: other parameters, order, "
                 "dtype or random stream"
             )
-        return self.model_name(packet_of(s.records["arrays"]))
+        return self.recipe(s).name(packet_of(s.records["arrays"]))
 
     def rebuild(self, s: ResidentState, flat: Tensor, held: bytes | None) -> None:
         """The model that the packet describes."""
-        self.build(s, flat[: s.num_parameters], packet_of(s.records["arrays"]), held)
+        packed = packet_of(s.records["arrays"])
+        self.recipe(s).build(flat[: s.num_parameters], packed, held)

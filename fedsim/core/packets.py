@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord
+from numpy.typing import NDArray
 
 from fedsim.core.records import FlatRecord, TensorArray, to_tensor
 
@@ -85,12 +86,12 @@ class Header(NamedTuple):
         return HEADER.pack(MAGIC, VERSION, self.algorithm, self.round, self.items)
 
     @staticmethod
-    def read(data: bytes, algorithm: int, round: int | None = None) -> Header:
+    def read(data: bytes, algorithms: Sequence[int], round: int | None = None) -> Header:
         """The header of a packet.
 
         Args:
             data: the packet.
-            algorithm: which one is expected.
+            algorithms: which ones may come.
             round: which round is expected; None: any.
 
         Raises:
@@ -99,11 +100,19 @@ class Header(NamedTuple):
         if len(data) < HEADER.size:
             raise ValueError(f"a packet of {len(data)} bytes has no header")
         magic, version, found, number, count = HEADER.unpack_from(data)
-        if (magic, version, found) != (MAGIC, VERSION, algorithm):
+        if (magic, version) != (MAGIC, VERSION) or found not in algorithms:
             raise ValueError(
                 f"packet {magic:#x} version {version} algorithm {found}; expected "
-                f"{MAGIC:#x} version {VERSION} algorithm {algorithm}"
+                f"{MAGIC:#x} version {VERSION} algorithm {' or '.join(map(str, algorithms))}"
             )
         if round is not None and number != round:
             raise ValueError(f"packet of round {number}, expected round {round}")
         return Header(found, number, count)
+
+
+def require_sound(values: NDArray[np.float64], what: str, largest: float) -> None:
+    """Raise `ValueError` if one of the values is not finite, or beyond `largest`."""
+    if not np.isfinite(values).all():
+        raise ValueError(f"a {what} is NaN or infinite")
+    if len(values) and np.abs(values).max() > largest:
+        raise ValueError(f"a {what} is beyond {largest:g}")

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from fedsim.core import directions, ferret, kseed
+from fedsim.core.zeroth import two_point
 
 SMOLLM2 = "~/.cache/fedsim/models/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf"
 POOL, STEPS, BASES, GRADIENTS = 4096, 200, 200, 10
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         return float(model.criterion(outputs, fields["y"]))
 
     def zeroth() -> None:
-        kseed.two_point(w, 7, 1e-3, loss)
+        two_point(w, 7, 1e-3, loss)
         directions.perturb(w, 7, 1e-3)
 
     def first() -> None:
