@@ -18,6 +18,7 @@ from fedsim.core.records import FlatRecord
 from fedsim.data import FederatedData
 from fedsim.runtime.cohort import Floats, Ints, Outcomes, Work
 from fedsim.runtime.layers import Stackable
+from fedsim.runtime.memory import large_pages
 from fedsim.runtime.plan import Plan, plans
 from fedsim.runtime.serial import attempt
 from fedsim.runtime.stacked import StackedState
@@ -118,7 +119,7 @@ class Batched:
         if keep:
             return record.new_empty(rows, len(record))
         if getattr(self._own, "buffer", None) is None or len(self._own.buffer) < rows:
-            self._own.buffer = record.new_empty(rows, len(record))
+            self._own.buffer = large_pages(record.new_empty(rows, len(record)))
         buffer: Tensor = self._own.buffer[:rows]
         return buffer
 
