@@ -29,7 +29,7 @@ def keep_freed() -> None:
 
 
 def large_pages(tensor: Tensor) -> Tensor:
-    """The tensor itself, whose memory nobody has written to yet, on pages of 2 MiB if there are any.
+    """The tensor itself, to which nobody has written yet, on pages of 2 MiB if there are any.
 
     With pages of 4 KiB a block of large models takes more of them than a core has in its tables.
     Nothing happens where the system has no such pages or gives them by itself.
