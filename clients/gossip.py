@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -34,8 +34,7 @@ class Gossip(Agent):
         """Train or mix, and keep the model."""
         model = self.judged(s)
         if self.phase == "train":
-            own = {f.name: getattr(self, f.name) for f in fields(FedSAM)}
-            trained = s.train(FedSAM(**own), model)
+            trained = s.train(self.local(FedSAM), model)
             model = trained.record
             s.metrics.update({**trained.metrics, "steps": trained.steps})
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ class KnFu(Agent):
         model = self.judged(s)
         for step in self.steps.split():
             if step == "local":
-                trained = s.train(self._local(), model)
+                trained = s.train(self.local(LocalProgram), model)
                 model = trained.record
                 s.metrics.update({"loss": trained.metrics["loss"], "steps": trained.steps})
             elif step == "digest":
@@ -111,16 +111,6 @@ class KnFu(Agent):
         if "arrays" not in s.records:  # the server does not hold it
             s.keep(MODEL, model)
 
-    def _local(self, lr: float = 0.0, epochs: int = 0) -> LocalProgram:
-        return LocalProgram(
-            epochs=epochs or self.epochs,
-            max_steps=self.max_steps,
-            batch_size=self.batch_size,
-            lr=lr or self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-        )
-
     def _digest(self, s: AgentState, model: FlatRecord) -> FlatRecord:
         """Fit to the knowledge sent, of all public examples or of those that are named."""
         sent = from_record(s.records[KNOWLEDGE])
@@ -128,25 +118,25 @@ class KnFu(Agent):
         rows = s.public[sent[ROWS]] if ROWS in sent else s.public
         y = torch.zeros(len(s.fields["y"]), target.shape[1], dtype=target.dtype)
         y[rows] = target
-        program = Digestion(
+        program = self.local(
+            Digestion,
             epochs=1,
+            max_steps=0,
             batch_size=self.digest_batch or self.batch_size,
             lr=self.digest_lr or self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
             kind=self.digest_loss,
-            temperature=self.temperature,
         )
         losses: list[Trained] = []
         if not self.ce:
-            whole = Digestion(**{**vars(program), "epochs": self.digest_epochs})
+            whole = replace(program, epochs=self.digest_epochs)
             if self.digest_epochs:
                 losses.append(s.train(whole, model, rows, fields={**s.fields, "y": y}))
         else:
             for _ in range(self.digest_epochs):
                 done = s.train(program, model, rows, fields={**s.fields, "y": y})
                 losses.append(done)
-                private = s.train(self._local(program.lr * self.ce, 1), done.record)
+                again = self.local(LocalProgram, epochs=1, lr=program.lr * self.ce)
+                private = s.train(again, done.record)
                 model = private.record
                 losses[-1] = done._replace(record=model)
         if not losses:

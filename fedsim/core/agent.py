@@ -9,8 +9,8 @@ own, and keeps whatever it needs between messages. It trains by handing `LocalPr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord
@@ -25,6 +25,7 @@ from fedsim.core.records import FlatRecord, as_flat
 
 CENTRAL = "central"
 """Key of a configuration that asks an agent to judge its model on the central test set."""
+Program = TypeVar("Program", bound=LocalProgram)
 MODEL = "model"
 """Name under which an agent keeps its model, unless it says otherwise."""
 
@@ -179,6 +180,16 @@ class Agent(LocalProgram):
         Everything that may be asked for comes in the configuration.
         """
         raise TypeError(f"{type(self).__name__} does not say what it answers")
+
+    def local(self, kind: type[Program], /, **own: Any) -> Program:
+        """A program for `AgentState.train`, with what this client has of its attributes.
+
+        Args:
+            kind: class of the program.
+            own: values of further attributes, or other ones.
+        """
+        mine = {f.name: getattr(self, f.name) for f in fields(kind) if hasattr(self, f.name)}
+        return kind(**{**mine, **own})
 
     def judged(self, s: AgentState) -> FlatRecord:
         """The model that is judged when the client is asked to evaluate: default, the one sent."""
