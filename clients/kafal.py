@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.core.agent import Agent, AgentState
+from fedsim.core.agent import AgentState
 from fedsim.core.criteria import Criterion
 from fedsim.core.distill import divergence
-from fedsim.core.errors import RunError
-from fedsim.core.pool import Pool, share
+from fedsim.core.labelling import Labelling
+from fedsim.core.pool import Pool
 from fedsim.core.program import Batch, Gradient, LocalProgram, LocalState
 from fedsim.core.records import FlatRecord
-from fedsim.core.selection import Candidates
 
 VELOCITY = "velocity"
 Mixed = Iterator[tuple[Tensor, Tensor, Tensor]]
@@ -95,20 +94,11 @@ class Compensated(LocalProgram):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KAFAL(Agent):
-    """A client with a pool of examples of which it may have some labelled.
-
-    It keeps the pool, its model after its last training, the global model it had last, and the
-    optimizer's momentum. To the server it says how many examples are labelled, and no more.
+class KAFAL(Labelling):
+    """A client with a pool of examples, labelled by KSAS or another rule, that trains by KCFU.
 
     Attributes:
-        phase: ``"train"`` or ``"acquire"``.
-        cycle: number of the labelling cycle, from 0; a new one forgets models and momentum.
         turn: round of the cycle, from 0; there is no distillation in the first.
-        initial: share of the examples labelled at first, drawn by lot.
-        budget: share of the examples labelled in each later cycle.
-        rule: of `fedsim.core.selection.RULES`.
-        judge: model that rules with one model ask, ``"global"`` or ``"local"``.
         kcfu: train with shifted cross-entropy and distillation.
         strength: weight of the distillation.
         mix: partners in mixup: another order of the batch, ``"perm"``, or its first image for all,
@@ -116,79 +106,17 @@ class KAFAL(Agent):
         alpha: of mixup's Beta(alpha, alpha).
         teacher: mode of the teacher, ``"eval"`` or ``"train"``.
         unlabelled: distil on the ``"current"`` unlabelled examples or on the ``"initial"`` ones.
-        persist: momentum goes on from round to round of a cycle.
         milestone: see `Compensated`.
     """
 
-    phase: str = "train"
-    cycle: int = 0
     turn: int = 0
-    initial: float = 0.1
-    budget: float = 0.05
-    rule: str = "ksas"
-    judge: str = "global"
     kcfu: bool = True
     strength: float = 1.0
     mix: str = "perm"
     alpha: float = 2.0
     teacher: str = "eval"
     unlabelled: str = "current"
-    persist: bool = True
     milestone: int = 0
-
-    def answer(self, s: AgentState) -> None:
-        """Train on the labelled examples, or have more of them labelled."""
-        pool = self._pool(s)
-        if not len(pool.labelled):
-            s.keep("pool", pool.state())
-            raise RunError(f"client {s.client} has no labelled example yet: no answer came")
-        if self.phase == "acquire":
-            self._acquire(s, pool)
-        else:
-            self._train(s, pool)
-        s.keep("pool", pool.state())
-        s.num_examples = len(pool.labelled)
-        s.metrics["asked"] = float(pool.spent.sum())
-        s.metrics["waiting"] = float(len(pool.asked))
-
-    def _pool(self, s: AgentState) -> Pool:
-        """The pool as it was left; at first, with the initial examples labelled."""
-        pool = Pool(s.rows, s.num_outputs, **(s.kept("pool") or {}))
-        if not len(pool.labelled):  # the first time, or nobody has answered yet
-            lots = s.stream("first labels")
-            budget = share(self.initial, len(pool.rows))
-            pool.acquire(
-                0,
-                budget,
-                lambda rows, n: torch.from_numpy(lots.permutation(len(rows))[:n].copy()),
-                s.ask,
-                s.client,
-            )
-            s.keep("first", {"rows": pool.unlabelled})
-        return pool
-
-    # ------------------------------------------------------------------ training
-
-    def _train(self, s: AgentState, pool: Pool) -> None:
-        start, memory = s.sent_model(), s.kept("memory") or {}
-        going_on = "cycle" in memory and int(memory["cycle"]) == self.cycle
-        done = int(memory["epochs"]) if going_on else 0
-        kept = {VELOCITY: memory[VELOCITY]} if going_on and self.persist else {}
-        held = s.fields["y"]
-        trained = s.train(
-            self.program(s, pool, start, done),
-            start,
-            pool.trained,
-            kept,
-            {**s.fields, "y": pool.known(held)},
-        )
-        epochs = torch.tensor(done + self.epochs)
-        velocity = trained.kept[VELOCITY]
-        s.keep("memory", {"cycle": torch.tensor(self.cycle), "epochs": epochs, VELOCITY: velocity})
-        s.keep("local", trained.record)
-        s.keep("global", start)
-        s.replies["arrays"] = trained.record
-        s.metrics.update({**trained.metrics, "steps": trained.steps})
 
     def program(self, s: AgentState, pool: Pool, start: FlatRecord, done: int) -> Compensated:
         """This round's local training."""
@@ -196,20 +124,7 @@ class KAFAL(Agent):
         mixed = None
         if self.kcfu and self.turn > 0 and self.strength and len(pool.unlabelled):
             mixed = self._mixed(s, pool, start)
-        return Compensated(
-            epochs=self.epochs,
-            max_steps=self.max_steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            shift=shift,
-            mixed=mixed,
-            strength=self.strength,
-            persist=self.persist,
-            done=done,
-            milestone=self.milestone,
-        )
+        return self.local(Compensated, shift=shift, mixed=mixed, done=done)
 
     def _mixed(self, s: AgentState, pool: Pool, teacher: FlatRecord) -> Mixed:
         """Endless mixed batches of unlabelled examples, judged by the frozen global model."""
@@ -230,35 +145,3 @@ class KAFAL(Agent):
                 said = s.outputs(teacher, blend, training=self.teacher == "train")
                 own = gamma.to(x.dtype)[said.argmax(-1)]
                 yield blend, said.softmax(-1), beta * own + (1 - beta) * own[other]
-
-    # ------------------------------------------------------------------ labelling
-
-    def _acquire(self, s: AgentState, pool: Pool) -> None:
-        shared = s.sent_model() if "arrays" in s.records else s.kept_model("global")
-        shared = shared or s.initial
-        local = s.kept_model("local") or shared
-        seen: list[Tensor] = []
-
-        def choose(rows: Tensor, count: int) -> Tensor:
-            candidates = Candidates(
-                rows,
-                pool.labelled,
-                pool.counts,
-                self._look(s, local),
-                self._look(s, shared),
-                self.judge,
-                s.stream("acquire"),
-            )
-            places, scores = candidates.choose(self.rule, count)
-            seen.append(scores)
-            return places
-
-        budget = share(self.budget, len(pool.rows))
-        s.metrics["acquired"] = pool.acquire(self.cycle + 1, budget, choose, s.ask, s.client)
-        scores = seen[0] if seen and len(seen[0]) else torch.zeros(1)
-        s.metrics["score_mean"] = float(scores.double().mean())
-        s.metrics["score_max"] = float(scores.max())
-
-    @staticmethod
-    def _look(s: AgentState, model: FlatRecord) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        return lambda rows: s.features(model, s.inputs(rows))
