@@ -11,9 +11,13 @@ from typing import Any
 
 from fedsim.config import Experiment, StrategyConfig, slug
 from fedsim.core.errors import ConfigError, FedsimError, RunError
+from fedsim.core.events import Notice
+from fedsim.results import Run
 from fedsim.results.files import write_text
 from fedsim.runner import OnEvent, RunResult, Task
 
+FILE = "tuning.json"
+"""What was tried: for each strategy the best values, and of every candidate score or failure."""
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "client_loss"})
 Execute = Callable[[Task, "OnEvent | None"], RunResult]
 
@@ -50,9 +54,10 @@ def tune(
     """The strategies with their best values; as they are without ``[tune]``.
 
     Every strategy is run with every candidate on the tuning seeds; the best mean of the final
-    metric wins, the earlier candidate on a tie. A candidate that fails, or whose metric is not
-    finite or missing on one of the seeds (it diverged), loses. What was tried is written to
-    `tuning.json`.
+    metric wins, the earlier candidate on a tie. A candidate fails, and cannot win, if on one of
+    the seeds it raises, its metric is missing or not finite (it diverged), or no round counted (all
+    of its clients diverged, say), for then its metric is that of the model it started from. What
+    was tried is written to `tuning.json`, failures with their reasons.
 
     Args:
         experiment: the configuration.
@@ -61,7 +66,7 @@ def tune(
         on_event: told of every start, round and end.
 
     Raises:
-        RunError: no candidate of a strategy ended.
+        RunError: every candidate of a strategy failed.
     """
     config = experiment.tune
     if config is None:
@@ -73,43 +78,56 @@ def tune(
     for entry in experiment.strategy:
         home = folder / slug(entry.label)
         scores: list[tuple[float, dict[str, Any]]] = []
+        shown: list[dict[str, Any]] = []
         for values in candidates(experiment, entry):
             candidate = with_values(entry, values)
             name = slug("-".join(f"{k}={v}" for k, v in values.items())) or "only"
+            tasks = [
+                Task(trial, candidate, seed, home / f"{name}-seed{seed}") for seed in config.seeds
+            ]
             try:
-                results = [
-                    execute(
-                        Task(
-                            trial,
-                            candidate,
-                            seed,
-                            home / f"{name}-seed{seed}",
-                        ),
-                        on_event,
-                    )
-                    for seed in config.seeds
-                ]
+                score = _score([execute(task, on_event) for task in tasks], metric)
             except ConfigError:
                 raise
-            except FedsimError:
-                continue
-            found = [r.metrics.get(metric, math.nan) for r in results]
-            if all(map(math.isfinite, found)):
-                scores.append((sum(found) / len(found), values))
-        if not scores:
-            raise RunError(
-                f"tuning {entry.label}: no candidate ended with a finite {metric}; widen the grid, "
-                "or see that [evaluate] measures it"
-            )
-        best = max(scores, key=lambda s: sign * s[0])
+            except FedsimError as error:
+                shown.append({"values": values, "score": None, "failed": str(error)})
+                if on_event:
+                    on_event(Notice(f"{slug(entry.label)} {name}", f"failed: {error}"))
+            else:
+                scores.append((score, values))
+                shown.append({"values": values, "score": score})
+        best = max(scores, key=lambda s: sign * s[0], default=None)
         tried[entry.label] = {
             "metric": metric,
-            "best": best[1],
-            "candidates": [{**values, metric: score} for score, values in scores],
+            "best": None if best is None else best[1],
+            "candidates": shown,
         }
+        write_text(folder / FILE, json.dumps(tried, indent=1))
+        if best is None:
+            raise RunError(
+                f"tuning {entry.label}: every candidate failed, the first because "
+                f"{shown[0]['failed']}; widen the grid, or see that [evaluate] measures {metric}"
+            )
         chosen.append(with_values(entry, best[1]))
-    write_text(folder / "tuning.json", json.dumps(tried, indent=1))
     return chosen
+
+
+def _score(results: list[RunResult], metric: str) -> float:
+    """Mean of the final metric over a candidate's runs.
+
+    Raises:
+        RunError: one of them says nothing of the candidate.
+    """
+    from fedsim.results.clients import untrained
+
+    for result in results:
+        reason = untrained(Run.load(result.path))
+        value = result.metrics.get(metric)
+        if reason is None and (value is None or not math.isfinite(value)):
+            reason = f"{metric} was not measured" if value is None else f"{metric} is {value}"
+        if reason is not None:
+            raise RunError(f"seed {result.seed}: {reason}")
+    return sum(r.metrics[metric] for r in results) / len(results)
 
 
 def _trial(experiment: Experiment) -> Experiment:

@@ -80,6 +80,24 @@ def spread(values: Floats, higher_is_better: bool) -> dict[str, float]:
     }
 
 
+def untrained(run: Run) -> str | None:
+    """Why no round of a run counted, so that its model is the one it started from; None: one did.
+
+    The reason is the one most replies were not admitted for.
+    """
+    if "abandoned" not in run.rounds.column_names:
+        return None
+    rounds = run.rounds.filter(pc.greater(run.rounds["round"], 0))
+    if not rounds.num_rows or not pc.all(rounds["abandoned"]).as_py():
+        return None
+    found = _facts(run)
+    if not found.refusals:
+        return "no round counted: too few clients were there"
+    most = found.refusals[0]
+    why = f"{most.code}: {most.detail}" if most.detail else most.code
+    return f"no round counted: {why} ({most.count:,} of {found.asked:,} replies)"
+
+
 def _facts(run: Run) -> ClientFacts:
     table = run.client_columns("round", "status", "reason", "eval_accuracy", "eval_loss")
     asked = table.num_rows - table["status"].null_count

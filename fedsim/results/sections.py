@@ -43,6 +43,7 @@ BUILTIN: dict[str, str] = {
     "fleet": f"{_PARTS}.fleet:fleet",
     "extras": f"{_PARTS}.curves:extras",
     "refused": f"{_PARTS}.clients:refused",
+    "tuning": f"{_PARTS}.tuning:tuning",
     "runs": f"{_PARTS}.provenance:which_runs",
     "configuration": f"{_PARTS}.provenance:configuration",
     "provenance": f"{_PARTS}.provenance:provenance",
