@@ -203,7 +203,7 @@ INFO :      SuperNode ID: 7
 INFO :      Starting Flower SuperNode
 ERROR :     Exit Code: 305
 Failed to initialize the connection to the SuperLink.
-[code: 11] All SuperNodes must be registered via the CLI.
+[code: 2004] Failed to activate SuperNode.
 
 For more information, visit: <https://flower.ai/docs>
 """
@@ -222,7 +222,7 @@ def test_status_says_what_is_wrong(folder: Path) -> None:
     assert (found["state"], found["supervisor"], found["connected"]) == ("restarting", 42, False)
     assert found["problem"] == (
         "305 Failed to initialize the connection to the SuperLink. "
-        "[code: 11] All SuperNodes must be registered via the CLI."
+        "[code: 2004] Failed to activate SuperNode."
     )
 
 
