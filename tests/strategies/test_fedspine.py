@@ -66,7 +66,7 @@ def test_ranked_in_the_whole_model_groups_go_until_that_share_of_weights_is_gone
     for node in fed.trainers:
         kept = strategy.kept(node)["2.channels"]
         assert int((~kept).sum()) == 3  # of five: a half, to the nearest group
-        message = strategy._message("train", node, progress.arrays, {}, 2)
+        message = strategy.message_for("train", node, progress.arrays, {}, 2)
         assert tuple(message.content["arrays"]["0.lora_B"].shape) == (2, 2)
 
 
