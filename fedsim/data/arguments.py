@@ -4,78 +4,40 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any
 
+from fedsim.config.components import mistakes
 from fedsim.core.errors import ConfigError, DataError
-from fedsim.core.text import did_you_mean, shown
+from fedsim.core.text import shown
+from fedsim.registry import resolve
 
 
-def call(
-    component: Callable[..., Any], where: str, params: Mapping[str, Any], **context: Any
-) -> Any:
-    """``component(**params)``, plus those entries of `context` that it asks for by name.
+def call(kind: str, name: str, where: str, params: Mapping[str, Any], **context: Any) -> Any:
+    """What the component makes of `params`, and of those entries of `context` it asks for by name.
 
     Args:
-        component: function or class; its annotations say what each parameter may be.
+        kind: kind of the component, for example ``"partitioners"``.
+        name: its name in the registry; its annotations say what each parameter may be.
         where: place of the parameters in the experiment, for example ``"data.partition"``.
         params: what the user wrote.
         context: what the framework offers (`seed`, `data`, ...); users cannot set these.
 
     Raises:
-        ConfigError: unknown, missing or mistyped parameters, all in one message.
+        ConfigError: no such component; unknown, missing or mistyped parameters, in one message.
     """
-    name = getattr(component, "__name__", str(component))
-    accepted = inspect.signature(component).parameters
-    any_name = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    own = {
-        n: p
-        for n, p in accepted.items()
-        if n not in context and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
-    }
-    hints = _hints(component)
-    faults = []
-    for key, value in params.items():
-        if key in own:
-            fault = _mistyped(value, hints.get(key, Any))
-            faults += [f"{where}.{key} = {shown(value)}: {fault}"] if fault else []
-        elif key in context or not any_name:
-            faults.append(
-                f"{where}.{key} is not a parameter of {name}{did_you_mean(key, own)}; "
-                f"allowed: {', '.join(own) or 'none'}"
-            )
-    faults += [
-        f"{where}.{key} is missing; {name} needs it"
-        for key, p in own.items()
-        if p.default is p.empty and key not in params
+    component = resolve(kind, name)
+    faults = [
+        f"{where}.{key} = {shown(params[key])}: {problem}"
+        if key in params
+        else f"{where}.{key} {problem}"
+        for key, problem in mistakes(kind, component, params)
     ]
     if faults:
         raise ConfigError("\n".join(faults))
+    accepted = inspect.signature(component).parameters
     return component(**{k: v for k, v in context.items() if k in accepted}, **params)
-
-
-def _hints(component: Callable[..., Any]) -> dict[str, Any]:
-    target = component.__init__ if inspect.isclass(component) else component
-    try:
-        return get_type_hints(target)
-    except (NameError, TypeError, AttributeError):  # a user's annotations need not resolve
-        return {}
-
-
-def _mistyped(value: Any, hint: Any) -> str:
-    from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
-
-    try:  # JSON's strictness: an array will do for a tuple, "1" will not do for a number
-        TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
-    except ValidationError as error:
-        return "; or ".join(dict.fromkeys(e["msg"] for e in error.errors())).lower()
-    except PydanticSchemaGenerationError:
-        return ""  # a user's own class: nothing to check
-    except (TypeError, ValueError):
-        return "it must be a plain value"
-    return ""
 
 
 def require(package: str, why: str, extra: str) -> ModuleType:

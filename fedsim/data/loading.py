@@ -16,7 +16,6 @@ from fedsim.data.arguments import call
 from fedsim.data.federated import FederatedData, Ragged, digest
 from fedsim.data.partitions import Fields, Partition
 from fedsim.data.raw import RawData
-from fedsim.registry import resolve
 
 if TYPE_CHECKING:
     from fedsim.config import DataConfig
@@ -51,8 +50,7 @@ def load(data: DataConfig, seed: int) -> FederatedData:
 
 
 def _load(data: DataConfig, seed: int) -> FederatedData:
-    dataset = resolve("datasets", data.dataset.name)
-    raw = call(dataset, "data.dataset", data.dataset.params, seed=seed)
+    raw = call("datasets", data.dataset.name, "data.dataset", data.dataset.params, seed=seed)
     if not isinstance(raw, RawData):
         raise ConfigError(
             f"data.dataset = {data.dataset.name!r} returned {type(raw).__name__}; "
@@ -140,7 +138,8 @@ def _public(
 
 def _partition(data: DataConfig, raw: RawData, pool: np.ndarray, seed: int) -> Partition:
     found = call(
-        resolve("partitioners", data.partition.name),
+        "partitioners",
+        data.partition.name,
         "data.partition",
         data.partition.params,
         raw=raw,

@@ -212,11 +212,10 @@ def planted(
         kind: ``"rotation"`` (2 to 4 groups) or ``"labels"``.
         base: partition that deals out the examples: a name, or a table with name and parameters.
     """
-    from fedsim.registry import resolve
-
     table = {"name": base} if isinstance(base, str) else dict(base)
     inner = call(
-        resolve("partitioners", str(table.pop("name", "iid"))),
+        "partitioners",
+        str(table.pop("name", "iid")),
         "data.partition.base",
         table,
         raw=raw,

@@ -12,7 +12,6 @@ from fedsim.core.rng import SERVER, isolated, key
 from fedsim.core.text import tame
 from fedsim.data.arguments import call
 from fedsim.data.federated import FederatedData
-from fedsim.registry import resolve
 
 if TYPE_CHECKING:
     from fedsim.config import Named
@@ -31,10 +30,10 @@ def build(spec: Named, data: FederatedData, seed: int) -> nn.Module:
     Raises:
         ConfigError: unknown name, wrong parameters, or a model that does not fit the data.
     """
-    component = resolve("models", spec.name)
     with isolated(key(seed, 0, SERVER, "model")):
         model = call(
-            component,
+            "models",
+            spec.name,
             "model",
             spec.params,
             data=data,

@@ -17,7 +17,6 @@ from fedsim.core.errors import ConfigError, require
 from fedsim.core.text import did_you_mean, tame
 from fedsim.data.arguments import call
 from fedsim.data.federated import FederatedData
-from fedsim.registry import resolve
 
 
 class LoRALinear(nn.Module):
@@ -166,7 +165,7 @@ def lora(
     require(rank >= 1, "model.rank", rank, "1 or above")
     require(alpha > 0, "model.alpha", alpha, "above 0")
     module = call(
-        resolve("models", base), "model.base_params", base_params or {}, data=data, seed=seed,
+        "models", base, "model.base_params", base_params or {}, data=data, seed=seed,
         input_shape=data.input_shape, num_outputs=data.num_outputs,
     )  # fmt: skip
     if weights is not None:

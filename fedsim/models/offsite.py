@@ -15,7 +15,6 @@ from fedsim.core.errors import ConfigError, DataError, require
 from fedsim.core.rng import SERVER, isolated, key, stream
 from fedsim.data.arguments import call
 from fedsim.data.federated import FederatedData
-from fedsim.registry import resolve
 
 
 def blocks_of(module: nn.Module) -> tuple[str, nn.Module]:
@@ -294,7 +293,7 @@ def offsite(
         )
     with isolated(key(seed, 0, SERVER, "model")):
         inner = call(
-            resolve("models", base), "model.base_params", base_params or {}, data=data, seed=seed,
+            "models", base, "model.base_params", base_params or {}, data=data, seed=seed,
             input_shape=data.input_shape, num_outputs=data.num_outputs,
         )  # fmt: skip
     full = copy.deepcopy(inner) if align_steps else None

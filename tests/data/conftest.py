@@ -7,7 +7,6 @@ import pytest
 
 from fedsim.data import Partition, RawData, loading
 from fedsim.data.arguments import call
-from fedsim.registry import resolve
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -38,7 +37,8 @@ def toy(examples: int = 200, classes: int = 4, seed: int = 0, users: int = 6) ->
 
 def deal_out(name, raw, clients, seed=0, indices=None, min_examples=1, **params) -> Partition:
     found = call(
-        resolve("partitioners", name),
+        "partitioners",
+        name,
         "data.partition",
         params,
         raw=raw,

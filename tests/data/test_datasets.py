@@ -15,11 +15,11 @@ from fedsim.data import RawData
 from fedsim.data.arguments import call
 from fedsim.data.catalogue import DATASETS
 from fedsim.data.raw import IGNORE, next_character, supervised
-from fedsim.registry import describe, resolve
+from fedsim.registry import describe
 
 
 def read(name: str, seed: int = 0, **params) -> RawData:
-    return call(resolve("datasets", name), "data.dataset", params, seed=seed).check()
+    return call("datasets", name, "data.dataset", params, seed=seed).check()
 
 
 @pytest.mark.parametrize("name", DATASETS)

@@ -13,7 +13,6 @@ from fedsim.config import DataConfig, Named
 from fedsim.core.errors import DataError
 from fedsim.data import RawData, load
 from fedsim.data.arguments import call
-from fedsim.registry import resolve
 
 SEVEN = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
 
@@ -60,7 +59,7 @@ def challenge(folder: Path, unused: bool = True) -> Path:
 
 
 def read(path: Path, **params: object) -> RawData:
-    return call(resolve("datasets", "isic"), "data.dataset", {"path": str(path), **params}).check()
+    return call("datasets", "isic", "data.dataset", {"path": str(path), **params}).check()
 
 
 def test_ham10000(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_a_users_own_class(monkeypatch):
     assert count(model) == 5 * 4 + 4 + 8 + 4 * 10 + 10
     assert model.norm.num_batches_tracked == 0
     with pytest.raises(
-        ConfigError, match=r"model.widht is not a parameter of Mine; did you mean width"
+        ConfigError, match=r"model.widht = 4: unknown parameter of Mine; did you mean width"
     ):
         make("mine:Mine", images(5), widht=4)
     with pytest.raises(ConfigError, match=r"cannot read x of shape \(2, 5, 5\)"):
