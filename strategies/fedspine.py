@@ -114,10 +114,8 @@ class FedSpine(PrunedStrategy):
 
     def client_config(self) -> dict[str, Any]:
         """How to prune."""
-        told = {
-            "interval": self.interval, "smoothing": self.smoothing, "first": self.first,
-            "last": self.last,
-        }  # fmt: skip
+        names = ("interval", "smoothing", "first", "last")
+        told = {n: getattr(self, n) for n in names}
         return told if self.scope == "layer" else {**told, "scope": self.scope}
 
     def ask(self, server_round: int, node: int) -> tuple[int, float]:
