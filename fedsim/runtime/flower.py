@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -13,6 +14,21 @@ CLIENT_RAISED = 2
 """Flower's error code for a ClientApp that raised an exception."""
 NODE_UNAVAILABLE = 5
 """Flower's error code for a node that cannot be reached."""
+
+
+class OwnGrid(Grid):
+    """Base of our grids: what Flower's interface still asks for, and nobody should call."""
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Deprecated by Flower: use ``Message(...)``."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
 
 def become_server(run_id: int = 1) -> None:
@@ -39,6 +55,7 @@ def empty_run(run_id: int) -> Run:
 __all__ = [
     "CLIENT_RAISED",
     "NODE_UNAVAILABLE",
+    "OwnGrid",
     "Run",
     "become_server",
     "empty_run",

@@ -20,7 +20,7 @@ from fedsim.runtime.request import explain
 from fedsim.runtime.work import PARTITION
 
 
-class LocalGrid(Grid):
+class LocalGrid(flower.OwnGrid):
     """Runs a `ClientApp` in this process; strategies cannot tell it from Flower's own grids.
 
     Node ids are partition numbers plus one. A node's `Context.state` is kept between messages.
@@ -70,17 +70,6 @@ class LocalGrid(Grid):
     def run(self) -> flower.Run:
         """The run, of which only the id is set."""
         return flower.empty_run(self._run_id)
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Deprecated by Flower: use ``Message(...)``."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """All node ids, ascending."""
@@ -259,7 +248,7 @@ def private(content: RecordDict) -> RecordDict:
     return copies
 
 
-class View(Grid):
+class View(flower.OwnGrid):
     """A grid that shows only some of the nodes of another."""
 
     def __init__(self, inner: Grid, nodes: list[int]) -> None:
@@ -273,10 +262,6 @@ class View(Grid):
     def run(self) -> Any:
         """The inner grid's run."""
         return self._inner.run
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Pass on."""
-        return self._inner.create_message(*args, **kwargs)
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes shown."""

@@ -24,7 +24,7 @@ LOOK = 2.0
 """Seconds between looks at which nodes are there."""
 
 
-class RemoteGrid(Grid):
+class RemoteGrid(flower.OwnGrid):
     """Any Flower grid, with clients named by their partition number.
 
     Flower's node ids are random, differ from run to run, and are wrong in the replies that it makes
@@ -372,17 +372,6 @@ class RemoteGrid(Grid):
     def run(self) -> flower.Run:
         """The inner grid's run."""
         return self._inner.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Deprecated by Flower: use ``Message(...)``."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def changed_states(self) -> dict[int, RecordDict]:
         """Nothing: what clients keep stays where they are (`fedsim.runtime.keeping`)."""

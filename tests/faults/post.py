@@ -12,7 +12,6 @@ import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.serverapp import Grid
 
 from fedsim.core.records import materialise
 from fedsim.runtime import flower
@@ -55,7 +54,7 @@ class Fate:
     change: Callable[[RecordDict], RecordDict] = field(default=lambda content: content)
 
 
-class Post(Grid):
+class Post(flower.OwnGrid):
     """What `InMemoryGrid` and `HttpGrid` are to a ServerApp, with nodes in this process.
 
     Args:
@@ -100,10 +99,6 @@ class Post(Grid):
     def run(self) -> Any:
         """An empty run."""
         return flower.empty_run(1)
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Not used."""
-        raise AssertionError
 
     def get_node_ids(self) -> Iterable[int]:
         """Nodes that are connected, in no order."""

@@ -22,6 +22,7 @@ from flwr.serverapp import strategy as strategies
 
 from fedsim.runtime import flower
 from fedsim.runtime.grid import LocalGrid, View
+from fedsim.runtime.remote import RemoteGrid
 
 app = ClientApp()
 
@@ -207,6 +208,15 @@ def test_a_view_shows_some_of_the_nodes() -> None:
     result = strategies.FedAvg().start(view, ArrayRecord([np.zeros(1)]), num_rounds=1)
     assert result.arrays.to_numpy_ndarrays()[0].tolist() == pytest.approx([(1 * 2 + 3 * 4) / 6])
     assert set(grid.changed_states()) == {2, 4}
+
+
+def test_messages_made_in_flowers_old_way_are_answered() -> None:
+    grid = LocalGrid(app, 3)
+    for here in (grid, View(grid, [2]), RemoteGrid(grid, 3)):
+        made = here.create_message(RecordDict(), "query.who", 2, "a group", 9.0)
+        assert (made.metadata.group_id, made.metadata.ttl) == ("a group", 9.0)
+        (reply,) = grid.send_and_receive([made])
+        assert reply.content["who"]["node"] == 2
 
 
 def test_arrays_are_handed_over_not_copied() -> None:

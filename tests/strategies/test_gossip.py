@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message
-from flwr.serverapp import Grid
 
 from clients.dispfl import evolved
 from fedsim.client_app import ProgramApp
@@ -205,13 +204,13 @@ def test_the_picture_shows_the_graph_of_the_run_also_when_it_is_only_reloaded(na
     }
 
 
-class Numbered(Grid):
+class Numbered(flower.OwnGrid):
     """Nodes with ids as Flower's: large, without a gap-free order."""
 
     def __init__(self, inner, ids):
         self.inner, self.ids = inner, ids
 
-    set_run = push_messages = pull_messages = create_message = run = None
+    set_run = push_messages = pull_messages = run = None
 
     def get_node_ids(self):
         return self.ids
