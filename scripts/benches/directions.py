@@ -164,7 +164,7 @@ def floor(threads: int) -> float | None:
         for seed in range(count):
             philox(np.uint64(seed), np.uint64(0), 512, np.uint64(0), np.uint64(1), words)
 
-    buffers, count = [np.zeros(1024, dtype=np.uint64) for _ in range(threads)], 100_000
+    buffers, count = [np.zeros((2, 512), dtype=np.uint64) for _ in range(threads)], 100_000
     draw(1, buffers[0])
     best = float("inf")
     with ThreadPoolExecutor(threads) as workers:

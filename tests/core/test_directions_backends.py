@@ -47,10 +47,11 @@ def test_choice_is_a_function_of_what_is_installed(monkeypatch: pytest.MonkeyPat
 def test_compiled_philox_knows_the_answers(counter: tuple, key: tuple, answer: str) -> None:
     from fedsim.core.directions.compiled import philox
 
-    words = np.zeros(2, dtype=np.uint64)
+    words = np.zeros((2, 1), dtype=np.uint64)
     seed, first = (np.uint64(low | high << 32) for low, high in (key, counter[:2]))
     philox(seed, first, 1, np.uint64(counter[2]), np.uint64(counter[3]), words)
-    assert words.view(np.uint32).tolist() == [int(word, 16) for word in answer.split()]
+    found = words.view(np.uint32).T.ravel().tolist()  # rows a, c and b, d
+    assert found == [int(word, 16) for word in answer.split()]
 
 
 @pytest.mark.parametrize("name", ["torch", FAST])

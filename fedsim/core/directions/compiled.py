@@ -61,7 +61,10 @@ def _wide(typing_context: Any) -> Any:
 
 @_jit
 def philox(key, first, count, stream, tag, words):
-    """Write the four words of counters ``first .. first + count`` to uint64 `words` [2 count]."""
+    """Write the four words a, b, c, d of counters ``first .. first + count`` to uint64 `words`
+    [2, count or more]: a and c to its first row, b and d to its second, so that pairs come apart
+    without a shuffle. Seen as uint32 a row holds every other word of the stream.
+    """
     _wide()
     stream &= LOW
     tag &= LOW
@@ -73,16 +76,16 @@ def philox(key, first, count, stream, tag, words):
             p0, p1 = M0 * x0, M1 * x2
             x0, x1, x2, x3 = (p1 >> WORD) ^ x1 ^ k0, p1 & LOW, (p0 >> WORD) ^ x3 ^ k1, p0 & LOW
             k0, k1 = (k0 + W0) & LOW, (k1 + W1) & LOW
-        words[2 * n] = x0 | (x1 << WORD)
-        words[2 * n + 1] = x2 | (x3 << WORD)
+        words[0, n] = x0 | (x2 << WORD)
+        words[1, n] = x1 | (x3 << WORD)
 
 
 @_jit
-def _gaussian(words, z):
-    """Box-Muller on pairs of words (uint32 [n]) into `z` (float32 [n])."""
+def _gaussian(even, odd, z):
+    """Box-Muller on pairs of words (uint32 [n] each) into `z` (float32 [2 n])."""
     _wide()
-    for n in range(len(words) // 2):
-        x, y = words[2 * n], u32(words[2 * n + 1] + TURN)
+    for n in range(len(even)):
+        x, y = even[n], u32(odd[n] + TURN)
         i = f32(f32(x) + f32(1)).view(i32)
         e = i32(i - SQRT_HALF) >> i32(23)
         f = i32(i - (e << i32(23))).view(f32) - f32(1)
@@ -94,18 +97,20 @@ def _gaussian(words, z):
         h = s * s
         sin = (((S3 * h + S2) * h + S1) * h + S0) * s
         cos = (((C4 * h + C3) * h + C2) * h + C1) * h + C0
-        odd = (y & QUARTER) != u32(0)
-        a, b = (sin, cos) if odd else (cos, sin)
+        turned = (y & QUARTER) != u32(0)
+        a, b = (sin, cos) if turned else (cos, sin)
         z[2 * n] = u32(r ^ u32(u32(y + QUARTER) & SIGN)).view(f32) * a
         z[2 * n + 1] = u32(r ^ u32(y & SIGN)).view(f32) * b
 
 
 @_jit
-def _uniform(words, z):
+def _uniform(even, odd, z):
     _wide()
-    for n in range(len(words)):
-        odd = i32(i32(words[n] >> u32(8)) - i32(1 << 23)) * i32(2) + i32(1)
-        z[n] = f32(i32(odd)) * f32(2.0**-24)
+    for n in range(len(even)):
+        x = i32(i32(even[n] >> u32(8)) - i32(1 << 23)) * i32(2) + i32(1)
+        y = i32(i32(odd[n] >> u32(8)) - i32(1 << 23)) * i32(2) + i32(1)
+        z[2 * n] = f32(i32(x)) * f32(2.0**-24)
+        z[2 * n + 1] = f32(i32(y)) * f32(2.0**-24)
 
 
 @_jit
@@ -123,29 +128,30 @@ def _truncated(z, series):
 
 
 @_jit
-def _signs(words, c, out):
-    """Add c times 32 signs a word to `out` [32 words]."""
+def _signs(words, first, c, out):
+    """Add c times 32 signs a word to every other 32 of `out`, from `first` on."""
     _wide()
     if out.itemsize == 4:
         bits = f32(c).view(u32)
         for n in range(len(words)):
             for j in range(32):
                 bit = u32(words[n] << u32(31 - j)) & SIGN
-                out[32 * n + j] += u32(bits ^ bit).view(f32)
+                out[64 * n + first + j] += u32(bits ^ bit).view(f32)
     else:
         for n in range(len(words)):
             for j in range(32):
                 bit = u32(words[n] << u32(31 - j)) & SIGN
-                out[32 * n + j] += c * u32(ONE ^ bit).view(f32)
+                out[64 * n + first + j] += c * u32(ONE ^ bit).view(f32)
 
 
 @_jit
-def _bit(words, lane, c, out):
+def _bit(even, odd, lane, c, out):
     """Add c times the sign in bit `lane` of each word to `out`."""
     _wide()
     mask = u32(1) << u32(lane)
-    for n in range(len(words)):
-        out[n] += -c if u32(words[n] & mask) else c
+    for n in range(len(even)):
+        out[2 * n] += -c if u32(even[n] & mask) else c
+        out[2 * n + 1] += -c if u32(odd[n] & mask) else c
 
 
 @_jit
@@ -170,13 +176,14 @@ def _table(c, table):
 
 
 @_jit
-def _look_up(words, table, out):
+def _look_up(words, first, table, out):
+    """Add the sum that the table has for each word to every other entry, from `first` on."""
     _wide()
     t0, t1, t2, t3 = table[0], table[1], table[2], table[3]
     byte = u32(255)
     for n in range(len(words)):
         w = words[n]
-        out[n] += (t0[w & byte] + t1[(w >> u32(8)) & byte]) + (
+        out[2 * n + first] += (t0[w & byte] + t1[(w >> u32(8)) & byte]) + (
             t2[(w >> u32(16)) & byte] + t3[w >> u32(24)]
         )
 
@@ -184,23 +191,24 @@ def _look_up(words, table, out):
 @_jit
 def _direction(basis, seed, fresh, base, count, stream, series, words, z):
     """Elements ``base .. base + count`` (multiples of 128) of one direction into `z` [count]."""
-    w32 = words.view(u32)[:count]
+    even, odd = words[0].view(u32)[: count // 2], words[1].view(u32)[: count // 2]
     tag = TAGS[basis]
     if basis == RADEMACHER:
         philox(seed, u64(base // 128), count // 128, stream, tag, words)
         z[:] = f32(0)
-        _signs(w32[: count // 32], f32(1), z)
+        _signs(even[: count // 64], 0, f32(1), z)
+        _signs(odd[: count // 64], 32, f32(1), z)
     elif basis == RADEMACHER32:  # neighbours in a pool share their words: `fresh` says whether
         if fresh:
             philox(seed >> u64(5), u64(base // 4), count // 4, stream, tag, words)
         z[:] = f32(0)
-        _bit(w32, i32(seed & u64(31)), f32(1), z)
+        _bit(even, odd, i32(seed & u64(31)), f32(1), z)
     else:
         philox(seed, u64(base // 4), count // 4, stream, tag, words)
         if basis == GAUSSIAN:
-            _gaussian(w32, z)
+            _gaussian(even, odd, z)
         else:
-            _uniform(w32, z)
+            _uniform(even, odd, z)
             if basis == TRUNCATED:
                 _truncated(z, series)
 
@@ -217,7 +225,8 @@ def _combine(w, index, basis, stream, seeds, coefficients, series, words, z, tot
         for k in range(len(seeds)):
             if basis == RADEMACHER:
                 philox(seeds[k], u64(base // 128), count // 128, stream, TAGS[RADEMACHER], words)
-                _signs(words.view(u32)[: count // 32], coefficients[k], out)
+                _signs(words[0].view(u32)[: count // 64], 0, coefficients[k], out)
+                _signs(words[1].view(u32)[: count // 64], 32, coefficients[k], out)
             else:
                 _direction(basis, seeds[k], True, base, count, stream, series, words, z[:count])
                 _axpy(coefficients[k], z[:count], out)
@@ -237,16 +246,17 @@ def _combine_groups(w, index, stream, groups, coefficients, words, table, total)
         for g in range(len(groups)):
             c = coefficients[g]
             philox(groups[g], u64(base // 4), count // 4, stream, TAGS[RADEMACHER32], words)
-            w32 = words.view(u32)[:count]
+            even, odd = words[0].view(u32)[: count // 2], words[1].view(u32)[: count // 2]
             used, lane = 0, 0
             for j in range(32):
                 if c[j] != 0:
                     used, lane = used + 1, j
             if used == 1:
-                _bit(w32, i32(lane), c[lane], out)
+                _bit(even, odd, i32(lane), c[lane], out)
             else:
                 _table(c, table)
-                _look_up(w32, table, out)
+                _look_up(even, 0, table, out)
+                _look_up(odd, 1, table, out)
         _axpy(f32(1), out[low - base : high - base], w[low - index : high - index])
         low = high
 
@@ -305,7 +315,7 @@ class _Scratch(threading.local):
     """Buffers of one thread, together about 90 kB."""
 
     def __init__(self) -> None:
-        self.words, self.z = _aligned(CHUNK // 2, u64), _aligned(CHUNK, f32)
+        self.words, self.z = _aligned(CHUNK // 2, u64).reshape(2, -1), _aligned(CHUNK, f32)
         self.sums = {np.dtype(t): _aligned(CHUNK, t) for t in (f32, np.float64)}
         self.tables = {t: _aligned(4 * 256, t).reshape(4, 256) for t in self.sums}
         self.folds = {t: _aligned(292, t) for t in self.sums}
