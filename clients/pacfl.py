@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedsim.core.errors import ConfigError
 from fedsim.core.program import Batch, LocalProgram, LocalState
 
 
@@ -20,6 +21,9 @@ class PACFL(LocalProgram):
     Attributes:
         n_basis: singular vectors of each label.
         basis: whether the basis is asked for; then all examples come as one batch.
+
+    Raises:
+        ConfigError: examples have no single labels: regression, or next tokens.
     """
 
     vectorized = False
@@ -32,8 +36,10 @@ class PACFL(LocalProgram):
         if not self.basis:
             super().step(s, batch)
             return
-        s.gradient(batch, at=s.w.clone(), training=False)  # for the loss that every reply has
         x, y = batch.fields["x"].flatten(1), batch.fields["y"]
+        if y.dim() > 1 or y.is_floating_point():
+            raise ConfigError("PACFL needs one label for each example; these targets are no labels")
+        s.gradient(batch, at=s.w.clone(), training=False)  # for the loss that every reply has
         labels, features = y.unique(), x.shape[1]
         room = s.w.shape[-1] // features
         each = max(1, min(self.n_basis, room // len(labels)))

@@ -137,6 +137,9 @@ def _probe(fed: Federation, messages: Sequence[Message], label: str) -> tuple[Me
             start = start or time.perf_counter()
     if reply is None:
         reason = next((r["reason"] for r in tally.rows.values() if r.get("reason")), "no reply")
+        code, _, detail = reason.partition(": ")
+        if code == "error_reply":
+            raise RunError(f"{label}: its clients fail, as they would in every round: {detail}")
         raise RunError(
             f"{label}: what its clients send back is refused ({reason}), so that every round would "
             "be abandoned; try a smaller train.lr, or look at the parameters of the strategy"

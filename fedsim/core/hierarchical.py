@@ -15,7 +15,7 @@ from fedsim.core.clusters import ClusteredStrategy
 from fedsim.core.errors import one_of, require
 from fedsim.core.records import FlatRecord, as_flat
 from fedsim.core.rng import SERVER, stream
-from fedsim.core.strategy import Aggregate
+from fedsim.core.strategy import Aggregate, Setting
 
 Signature = Literal["params", "last_layer", "state_dict", "sketch"]
 Init = Literal["members", "global"]
@@ -118,6 +118,17 @@ class HierarchicalStrategy(ClusteredStrategy):
         self._points: dict[int, Any] = {}
         self._models: dict[int, ArrayRecord] = {}
         self._due = False
+
+    def setup(self, setting: Setting) -> None:
+        """See to it that there is something to cluster by.
+
+        Raises:
+            ConfigError: the last layer is to be clustered by, and is frozen.
+        """
+        super().setup(setting)
+        trained = not setting.info.head.isdisjoint(setting.info.layout.trainable)
+        allowed = "another one: the last layer is not trained"
+        require(trained or self.signature != "last_layer", "signature", self.signature, allowed)
 
     # -- who is asked, and for what ------------------------------------------------------------
 

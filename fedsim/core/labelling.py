@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsim.core.agent import Agent, AgentState
-from fedsim.core.errors import RunError
+from fedsim.core.errors import ConfigError, RunError
 from fedsim.core.pool import Pool, share
 from fedsim.core.program import LocalProgram
 from fedsim.core.records import FlatRecord
@@ -47,7 +47,16 @@ class Labelling(Agent):
         """This round's local training, after `done` epochs of the cycle."""
 
     def answer(self, s: AgentState) -> None:
-        """Train on the labelled examples, or have more of them labelled."""
+        """Train on the labelled examples, or have more of them labelled.
+
+        Raises:
+            ConfigError: examples have no single labels that one could ask for.
+            RunError: none is labelled yet.
+        """
+        if s.criterion.name != "cross_entropy":
+            raise ConfigError(
+                f"active learning needs one label for each example; the loss is {s.criterion.name}"
+            )
         pool = self._pool(s)
         if not len(pool.labelled):
             s.keep("pool", pool.state())

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 from torch import Tensor
 
 from fedsim.core.bulk import EXAMPLES, Block, Rows
-from fedsim.core.errors import RunError
+from fedsim.core.errors import FedsimError, RunError
 from fedsim.core.nodes import node_of
 from fedsim.core.parts import narrowed, part_of, shapes_of
 from fedsim.core.program import LocalProgram, Mail
@@ -262,11 +262,14 @@ class Each(Sequence[S]):
 
 
 def explain(client: int, content: RecordDict, message_type: str, error: BaseException) -> str:
-    """One line on a client's exception: client, round, stage, error, and where it was raised."""
+    """One line on a client's exception: client, round, stage, error, and where it was raised.
+
+    What fedsim itself says speaks to a user, so it comes as it is.
+    """
     config = content.config_records.get("config", ConfigRecord())
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    return (
-        f"client {client}, round {config.get('server-round', '?')!s}, {message_type}: "
-        f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
-    )
+    said = " ".join(str(error).split())
+    if not isinstance(error, FedsimError):
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        said = f"{type(error).__name__}: {said}{where}"
+    return f"client {client}, round {config.get('server-round', '?')!s}, {message_type}: {said}"

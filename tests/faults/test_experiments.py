@@ -7,6 +7,7 @@ other ways, and stops once they are read.
 
 from __future__ import annotations
 
+import re
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -251,6 +252,35 @@ def test_a_plan_says_that_no_reply_would_be_let_in(tmp_path: Path) -> None:
     diverging = BASE | {"train": {"max_steps": 2, "lr": 1e30}, "strategy": [{"name": "fedavg"}]}
     (tmp_path / "any.toml").write_text(tomli_w.dumps(diverging))
     with pytest.raises(RunError, match="fedavg: what its clients send back is refused"):
+        api.plan(load_experiment(tmp_path / "any.toml", []))
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"train": {"momentum": 0.9}, "strategy": [{"name": "fedzo"}]}, "momentum = 0.9 must be 0"),
+        ({"strategy": [{"name": "fedld_official"}]}, "margin control needs classes"),
+        ({"strategy": [{"name": "pacfl"}]}, "needs one label for each example"),
+        ({"strategy": [{"name": "kafal"}]}, "needs one label for each example"),
+    ],
+    ids=["fedzo", "fedld", "pacfl", "kafal"],
+)
+def test_a_plan_says_what_clients_refuse(tables: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """In the words of the client half: no class of an exception, no place in our code."""
+    regression = (
+        BASE | {"data": {"dataset": "synthetic", "clients": 3}, "model": "logistic"} | tables
+    )
+    (tmp_path / "any.toml").write_text(tomli_w.dumps(regression))
+    with pytest.raises(RunError, match="its clients fail") as refused:
+        api.plan(load_experiment(tmp_path / "any.toml", []))
+    assert said in str(refused.value)
+    assert not re.search(r"Error|\.py", str(refused.value))
+
+
+def test_a_signature_of_a_frozen_layer_is_refused(tmp_path: Path) -> None:
+    frozen = BASE | {"model": {"name": "lora", "base": "mlp"}, "strategy": [{"name": "fedclust"}]}
+    (tmp_path / "any.toml").write_text(tomli_w.dumps(frozen))
+    with pytest.raises(ConfigError, match="signature = last_layer must be another one"):
         api.plan(load_experiment(tmp_path / "any.toml", []))
 
 
