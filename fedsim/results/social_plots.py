@@ -133,7 +133,7 @@ def budgets(runs: Runs, found: Mapping[str, tuple[Floats, Floats]], metric: str)
             axes.plot(x, mean, color=shade, linestyle=dash, marker="o", markersize=4, zorder=3)
         edge = SPREAD * (most - least)
         axes.set_xlim(least - edge, most + edge)
-        axes.set_ylim(axes.get_ylim())  # found now: names are placed by it
+        ax.y_limits(axes, np.concatenate([y.ravel() for _, y in drawn.values()]))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if metric.endswith("accuracy"):
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -146,8 +146,9 @@ def budgets(runs: Runs, found: Mapping[str, tuple[Floats, Floats]], metric: str)
         ax.label_ends(axes, ends)
         picture = style.svg(figure, alt)
     caption = (
-        f"{name.capitalize()} against the label budget, mean over seeds; bars: 95 % intervals. "
-        "Strategies are moved a little aside, so that bars can be told apart."
+        f"{name.capitalize()} against the label budget, mean over seeds; bars: 95 % intervals, "
+        "cut off where they leave what the seeds span. Strategies are moved a little aside, so "
+        "that bars can be told apart."
     )
     return Picture("label-budgets", picture, alt, caption)
 
