@@ -145,6 +145,40 @@ def _signs(words, first, c, out):
 
 
 @_jit
+def _two_signs(words, others, first, c, d, out):
+    """`_signs` of `words` with c, then of `others` with d, for float32: one pass over `out`."""
+    _wide()
+    x, y = f32(c).view(u32), f32(d).view(u32)
+    for n in range(len(words)):
+        for j in range(32):
+            a = u32(words[n] << u32(31 - j)) & SIGN
+            b = u32(others[n] << u32(31 - j)) & SIGN
+            v = out[64 * n + first + j] + u32(x ^ a).view(f32)
+            out[64 * n + first + j] = v + u32(y ^ b).view(f32)
+
+
+@_jit
+def _all_signs(base, count, stream, seeds, coefficients, words, out):
+    """Add the combination of all seeds' signs to `out` [count], of two seeds at a time.
+
+    Offsets are literals: LLVM makes no vector code for an index that might be negative.
+    """
+    first, many, tag = u64(base // 128), count // 128, TAGS[RADEMACHER]
+    even, odd = words[0, 0].view(u32)[: count // 64], words[0, 1].view(u32)[: count // 64]
+    more, rest = words[1, 0].view(u32)[: count // 64], words[1, 1].view(u32)[: count // 64]
+    paired = len(seeds) // 2 if out.itemsize == 4 else 0
+    for k in range(0, 2 * paired, 2):
+        philox(seeds[k], first, many, stream, tag, words[0])
+        philox(seeds[k + 1], first, many, stream, tag, words[1])
+        _two_signs(even, more, 0, coefficients[k], coefficients[k + 1], out)
+        _two_signs(odd, rest, 32, coefficients[k], coefficients[k + 1], out)
+    for k in range(2 * paired, len(seeds)):
+        philox(seeds[k], first, many, stream, tag, words[0])
+        _signs(even, 0, coefficients[k], out)
+        _signs(odd, 32, coefficients[k], out)
+
+
+@_jit
 def _bit(even, odd, lane, c, out):
     """Add c times the sign in bit `lane` of each word to `out`."""
     _wide()
@@ -222,13 +256,11 @@ def _combine(w, index, basis, stream, seeds, coefficients, series, words, z, tot
         count = (high - base + 127) // 128 * 128
         out = total[:count]
         out[:] = 0
-        for k in range(len(seeds)):
-            if basis == RADEMACHER:
-                philox(seeds[k], u64(base // 128), count // 128, stream, TAGS[RADEMACHER], words)
-                _signs(words[0].view(u32)[: count // 64], 0, coefficients[k], out)
-                _signs(words[1].view(u32)[: count // 64], 32, coefficients[k], out)
-            else:
-                _direction(basis, seeds[k], True, base, count, stream, series, words, z[:count])
+        if basis == RADEMACHER:
+            _all_signs(base, count, stream, seeds, coefficients, words, out)
+        else:
+            for k in range(len(seeds)):
+                _direction(basis, seeds[k], True, base, count, stream, series, words[0], z[:count])
                 _axpy(coefficients[k], z[:count], out)
         _axpy(f32(1), out[low - base : high - base], w[low - index : high - index])
         low = high
@@ -312,10 +344,10 @@ def _aligned(count: int, dtype: Any) -> NDArray[Any]:
 
 
 class _Scratch(threading.local):
-    """Buffers of one thread, together about 90 kB."""
+    """Buffers of one thread, together about 100 kB."""
 
     def __init__(self) -> None:
-        self.words, self.z = _aligned(CHUNK // 2, u64).reshape(2, -1), _aligned(CHUNK, f32)
+        self.words, self.z = _aligned(CHUNK, u64).reshape(2, 2, -1), _aligned(CHUNK, f32)
         self.sums = {np.dtype(t): _aligned(CHUNK, t) for t in (f32, np.float64)}
         self.tables = {t: _aligned(4 * 256, t).reshape(4, 256) for t in self.sums}
         self.folds = {t: _aligned(292, t) for t in self.sums}
@@ -330,7 +362,7 @@ def combine(w: NDArray[Any], index: int, plan: Plan) -> None:
     words, total = _scratch.words, _scratch.sums[w.dtype]
     if basis == RADEMACHER32:
         table = _scratch.tables[w.dtype]
-        _combine_groups(w, index, u64(stream), seeds, coefficients, words, table, total)
+        _combine_groups(w, index, u64(stream), seeds, coefficients, words[0], table, total)
     else:
         buffers = words, _scratch.z, total
         _combine(w, index, basis, u64(stream), seeds, coefficients, series, *buffers)
@@ -338,6 +370,6 @@ def combine(w: NDArray[Any], index: int, plan: Plan) -> None:
 
 def dots(delta: NDArray[Any], index: int, plan: Plan, total: NDArray[np.float64]) -> None:
     """Add the dot products of `delta` [n] with every direction to `total` [K], float64."""
-    buffers = _scratch.words, _scratch.z, _scratch.sums[delta.dtype], _scratch.folds[delta.dtype]
+    buffers = _scratch.words[0], _scratch.z, _scratch.sums[delta.dtype], _scratch.folds[delta.dtype]
     basis, stream, seeds, _, series = plan
     _dots(delta, index, basis, u64(stream), seeds, series, *buffers, total)
