@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from fedsim import launch
 from fedsim.app_config import Settings
 from fedsim.app_config import find_strategy as find_strategy
 from fedsim.config import Experiment, StrategyConfig, override, parse, slug
-from fedsim.core.errors import ConfigError, DataError, FedsimError, RunError
+from fedsim.core.errors import DataError, RunError
 from fedsim.core.events import Notice
 from fedsim.core.text import tame
+from fedsim.jobs import Jobs
 from fedsim.journal import locked
 from fedsim.planning import Cost as Cost
 from fedsim.planning import Plan as Plan
@@ -150,8 +151,15 @@ def finished(task: Task) -> RunResult | None:
     return RunResult(task.path, task.entry.label, task.seed, metrics)
 
 
-def resume(path: str | Path, on_event: OnEvent | None = None) -> RunResult | Comparison:
+def resume(
+    path: str | Path, on_event: OnEvent | None = None, *, jobs: int = 1
+) -> RunResult | Comparison:
     """Go on with a run or a comparison that was interrupted, to the same bits.
+
+    Args:
+        path: its folder.
+        on_event: told of every start, round and end.
+        jobs: runs of a comparison at a time, see `compare`.
 
     Raises:
         RunError: the folder is neither, or every checkpoint is damaged.
@@ -167,7 +175,7 @@ def resume(path: str | Path, on_event: OnEvent | None = None) -> RunResult | Com
         experiment = parse(json.loads(plan_file.read_text()), str(plan_file))
     except (TypeError, ValueError) as error:
         raise RunError(f"{plan_file} is damaged: {error}") from None
-    return compare(experiment, out=folder, on_event=on_event)
+    return compare(experiment, out=folder, on_event=on_event, jobs=jobs)
 
 
 def _saved_task(folder: Path, config: dict[str, Any]) -> Task:
@@ -187,7 +195,11 @@ BEGUN = re.compile(r"\.|checkpoints$")
 
 
 def compare(
-    experiment: Experiment, *, out: str | Path | None = None, on_event: OnEvent | None = None
+    experiment: Experiment,
+    *,
+    out: str | Path | None = None,
+    on_event: OnEvent | None = None,
+    jobs: int = 1,
 ) -> Comparison:
     """Run every strategy with every seed, then write the report.
 
@@ -199,35 +211,39 @@ def compare(
         experiment: from `fedsim.load_experiment`.
         out: folder of the comparison; None makes ``runs/NAME``.
         on_event: told of every start, round and end.
+        jobs: runs at a time. More than one are processes of their own, which import strategies
+            by name and share the cores; the bits are the same.
 
     Raises:
         RunError: the folder holds another comparison, or cannot be written to.
     """
     folder = Path(out) if out else RUNS / experiment.experiment.name
     with locked(folder):
-        return _compare(experiment, folder, on_event)
+        return _compare(experiment, folder, on_event, jobs)
 
 
-def _compare(experiment: Experiment, folder: Path, on_event: OnEvent | None) -> Comparison:
+def _compare(
+    experiment: Experiment, folder: Path, on_event: OnEvent | None, jobs: int
+) -> Comparison:
     _claim(folder, experiment)
-    tasks = [
-        (variant, entry, seed, place / run_name(entry, seed))
-        for variant, place in _variants(experiment, folder)
-        for entry in tune(variant, place / "tune", execute, on_event)
-        for seed in variant.experiment.seeds
-    ]
     results, failed = [], []
-    for index, (variant, entry, seed, path) in enumerate(tasks, 1):
-        try:
-            results.append(execute(Task(variant, entry, seed, path, index, len(tasks)), on_event))
-        except ConfigError:
-            raise
-        except FedsimError as error:
-            if isinstance(error, DataError) and not results:
-                raise  # no other run will get further
-            failed.append((entry.label, seed, str(error)))
+    with Jobs(jobs, execute, on_event) as processes:
+        runs = [
+            Task(variant, entry, seed, place / run_name(entry, seed))
+            for variant, place in _variants(experiment, folder)
+            for entry in tune(variant, place / "tune", processes.run, on_event)
+            for seed in variant.experiment.seeds
+        ]
+        tasks = [replace(run, index=i, total=len(runs)) for i, run in enumerate(runs, 1)]
+        for task, outcome in zip(tasks, processes.run(tasks), strict=True):
+            if isinstance(outcome, RunResult):
+                results.append(outcome)
+                continue
+            if isinstance(outcome, DataError) and not results:
+                raise outcome  # no other run will get further
+            failed.append((task.entry.label, task.seed, str(outcome)))
             if on_event:
-                on_event(Notice(path.name, f"failed: {error}"))
+                on_event(Notice(task.name, f"failed: {outcome}"))
     html, markdown = report([folder], folder)
     return Comparison(folder, tuple(results), tuple(failed), html, markdown)
 

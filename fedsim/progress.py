@@ -15,7 +15,7 @@ from fedsim.core.events import Event, Notice, RoundFinished, RunFinished, RunSta
 from fedsim.core.text import tame
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 Mode = Literal["live", "plain", "json", "quiet"]
 OnEvent = Callable[[Event], None]
@@ -169,45 +169,56 @@ class _Plain:
 
 
 class _Live:
-    """A bar for the run, one for the comparison, and a line for every run that ended."""
+    """A bar for every run that is going on, one for all, and a line for every run that ended."""
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
-        self._tally: Tally | None = None
-        self._run = bars.add_task("", visible=False, facts="")
+        self._runs: dict[str, Tally] = {}
+        self._own: dict[str, TaskID] = {}
+        self._left: dict[str, int] = {}
         self._all = bars.add_task("all runs", visible=False, facts="")
+        self._last = 0
 
     def __call__(self, event: Event) -> None:
         match event:
             case RunStarted():
-                self._tally = Tally(event)
+                self._runs[event.run] = Tally(event)
                 title = _title(event, number=False)
-                self._bars.reset(self._run, total=event.rounds, description=title, facts="")
-                self._bars.update(self._run, visible=True)
-                self._bars.update(
-                    self._all,
-                    visible=event.total > 1,
-                    total=event.total * event.rounds,
-                    completed=(event.index - 1) * event.rounds,
-                    facts=f"run {event.index}/{event.total}",
-                )
-            case RoundFinished() if self._tally:
-                tally, started = self._tally, self._tally.started
+                self._own[event.run] = self._bars.add_task(title, total=event.rounds, facts="")
+                self._left[event.run] = event.rounds
+                self._last = max(self._last, event.index)
+                self._show_all(event)
+            case RoundFinished() if event.run in self._own:
+                tally = self._runs[event.run]
                 tally.add(event)
-                left = event.rounds - event.round
+                left = self._left[event.run] = event.rounds - event.round
                 facts = (tally.metric, tally.speed, size(tally.bytes), tally.left(left))
-                self._bars.update(self._run, completed=event.round, facts=_joined(*facts))
-                left += (started.total - started.index) * event.rounds
-                self._bars.update(
-                    self._all,
-                    completed=started.total * event.rounds - left,
-                    facts=_joined(f"run {started.index}/{started.total}", tally.left(left)),
-                )
+                own = self._own[event.run]
+                self._bars.update(own, completed=event.round, facts=_joined(*facts))
+                self._show_all(tally.started, tally)
             case RunFinished():
-                self._say(_summary(event, self._tally))
+                if event.run in self._own:
+                    self._bars.remove_task(self._own.pop(event.run))
+                    self._left.pop(event.run)
+                self._say(_summary(event, self._runs.get(event.run)))
             case Notice():
                 text = tame(event.text)
                 self._say(f"{event.run}: {text}" if event.run else text)
+
+    def _show_all(self, started: RunStarted, tally: Tally | None = None) -> None:
+        """Move the bar of all runs; `tally` is of the one that tells how long a round takes."""
+        total, rounds = started.total, started.rounds
+        left = (total - self._last) * rounds + sum(self._left.values())
+        facts = [f"run {self._last}/{total}"]
+        if tally is not None:
+            facts.append(tally.left(-(-left // len(self._own))))
+        self._bars.update(
+            self._all,
+            visible=total > 1,
+            total=total * rounds,
+            completed=total * rounds - left,
+            facts=_joined(*facts),
+        )
 
     def _say(self, text: str) -> None:
         self._bars.console.print(text, markup=False, highlight=False)

@@ -57,6 +57,7 @@ class Task:
         path: the run folder.
         index: number of this run in a comparison, from 1.
         total: number of runs in the comparison.
+        workers: threads it may take; 0: as many as the experiment says.
     """
 
     experiment: Experiment
@@ -65,6 +66,7 @@ class Task:
     path: Path
     index: int = 1
     total: int = 1
+    workers: int = 0
 
     @property
     def name(self) -> str:
@@ -193,7 +195,7 @@ class Run:
             )
         )
         self._tell(Notice(self.task.name, str(choice)))
-        workers = self.task.experiment.runtime.workers or available_cores()
+        workers = self.task.workers or self.task.experiment.runtime.workers or available_cores()
         self._app.engine = Engine(self.env.model, self.env.data, choice, workers)
         progress = self._restore(snapshot) if snapshot else self._begin()
         try:

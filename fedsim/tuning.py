@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fedsim.runner import OnEvent, RunResult, Task
 FILE = "tuning.json"
 """What was tried: for each strategy the best values, and of every candidate score or failure."""
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "client_loss"})
-Execute = Callable[[Task, "OnEvent | None"], RunResult]
+RunAll = Callable[[Sequence[Task]], Iterator[RunResult | FedsimError]]
 
 
 def candidates(experiment: Experiment, entry: StrategyConfig) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def with_values(entry: StrategyConfig, values: dict[str, Any]) -> StrategyConfig
 
 
 def tune(
-    experiment: Experiment, folder: Path, execute: Execute, on_event: OnEvent | None
+    experiment: Experiment, folder: Path, run_all: RunAll, on_event: OnEvent | None
 ) -> list[StrategyConfig]:
     """The strategies with their best values; as they are without ``[tune]``.
 
@@ -62,7 +62,7 @@ def tune(
     Args:
         experiment: the configuration.
         folder: where the tuning runs go.
-        execute: runs one task.
+        run_all: runs tasks; what came of each, in their order.
         on_event: told of every start, round and end.
 
     Raises:
@@ -79,20 +79,20 @@ def tune(
         home = folder / slug(entry.label)
         scores: list[tuple[float, dict[str, Any]]] = []
         shown: list[dict[str, Any]] = []
+        tasks = [
+            Task(trial, with_values(entry, values), seed, home / f"{_name(values)}-seed{seed}")
+            for values in candidates(experiment, entry)
+            for seed in config.seeds
+        ]
+        outcomes = run_all(tasks)
         for values in candidates(experiment, entry):
-            candidate = with_values(entry, values)
-            name = slug("-".join(f"{k}={v}" for k, v in values.items())) or "only"
-            tasks = [
-                Task(trial, candidate, seed, home / f"{name}-seed{seed}") for seed in config.seeds
-            ]
+            mine = list(itertools.islice(outcomes, len(config.seeds)))
             try:
-                score = _score([execute(task, on_event) for task in tasks], metric)
-            except ConfigError:
-                raise
+                score = _score(mine, metric)
             except FedsimError as error:
                 shown.append({"values": values, "score": None, "failed": str(error)})
                 if on_event:
-                    on_event(Notice(f"{slug(entry.label)} {name}", f"failed: {error}"))
+                    on_event(Notice(f"{slug(entry.label)} {_name(values)}", f"failed: {error}"))
             else:
                 scores.append((score, values))
                 shown.append({"values": values, "score": score})
@@ -112,15 +112,24 @@ def tune(
     return chosen
 
 
-def _score(results: list[RunResult], metric: str) -> float:
+def _name(values: dict[str, Any]) -> str:
+    """Name of a candidate in its folders."""
+    return slug("-".join(f"{k}={v}" for k, v in values.items())) or "only"
+
+
+def _score(outcomes: Sequence[RunResult | FedsimError], metric: str) -> float:
     """Mean of the final metric over a candidate's runs.
 
     Raises:
-        RunError: one of them says nothing of the candidate.
+        FedsimError: one of them failed, or says nothing of the candidate.
     """
     from fedsim.results.clients import untrained
 
-    for result in results:
+    results = []
+    for result in outcomes:
+        if isinstance(result, FedsimError):
+            raise result
+        results.append(result)
         reason = untrained(Run.load(result.path))
         value = result.metrics.get(metric)
         if reason is None and (value is None or not math.isfinite(value)):

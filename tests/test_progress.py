@@ -72,16 +72,30 @@ def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_live_display(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.showing("live") as tell:
-        for event in EVENTS:
+        *before, end = EVENTS
+        for event in before:
             tell(event)
-        run, every = tell._bars.tasks
+        every, run = tell._bars.tasks
         assert (run.completed, run.total, run.description) == (2, 2, "FedAvg seed 3")
         assert run.fields["facts"] == "accuracy 0.7500  2.0 clients/s  6 kB  0.0 s left"
         assert every.fields["facts"] == "run 1/2  4.0 s left"
         assert (every.completed, every.total, every.visible) == (2, 4, True)
+        tell(end)
+        assert tell._bars.tasks == [every]
     shown = capsys.readouterr().out
     assert "x: client 3 was\\nrefused" in shown
     assert "x: finished  accuracy 0.7500" in shown
+
+
+def test_live_display_of_several_runs() -> None:
+    """A bar each; of the time that is left every run takes its share."""
+    with progress.showing("live") as tell:
+        for index, run in enumerate("ab", 1):
+            tell(RunStarted(run, "FedAvg", index, 4, index, 4))
+        tell(RoundFinished("b", 3, 4, {}, 4, 0, 0, 2.0))
+        every, first, second = tell._bars.tasks
+        assert (first.completed, second.completed, every.completed) == (0, 3, 3)
+        assert every.fields["facts"] == "run 2/4  14.0 s left"  # 13 rounds, two at a time
 
 
 def test_a_terminal_gets_the_live_display(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,10 @@ def write(task: Task, counted: tuple[bool, ...], clients: list[dict[str, Any]]) 
 
 def ending(
     scores: Scores, metric: str, barren: tuple[float, ...] = ()
-) -> Callable[[Task, object], RunResult]:
+) -> Callable[[Sequence[Task]], Iterator[RunResult]]:
     """Runs with these values at the end; None: without any. No round of the `barren` counts."""
 
-    def execute(task: Task, on_event: object) -> RunResult:
+    def execute(task: Task) -> RunResult:
         rate = task.entry.train["lr"]
         never = rate in barren
         told = [{"round": r, "client": c, **REFUSED} for r in (1, 2) for c in range(3)]
@@ -56,7 +56,7 @@ def ending(
         value = scores[rate][task.seed - 7]
         return RunResult(task.path, "fedavg", task.seed, {} if value is None else {metric: value})
 
-    return execute
+    return lambda tasks: map(execute, tasks)
 
 
 def chosen(folder: Path, scores: Scores, metric: str, barren: tuple[float, ...] = ()) -> float:
