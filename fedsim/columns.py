@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, overload
 
 import numpy as np
@@ -34,15 +35,16 @@ class Chunk:
         there = {}
         for name in dict.fromkeys(name for row in rows for name in row):
             values = [row.get(name) for row in rows]
-            given = [value for value in values if value is not None]
-            kinds = {type(value) for value in given}
-            if len(kinds) == 1 and kinds <= {int, float, bool}:
-                (kind,) = kinds
-                columns[name] = np.array([kind() if v is None else v for v in values])
-                if len(given) < len(rows):
-                    there[name] = np.array([value is not None for value in values])
-            else:
+            kinds = set(map(type, values))
+            some = kinds - {NoneType}
+            if len(some) != 1 or not some <= {int, float, bool}:
                 columns[name] = values
+            elif some == kinds:
+                columns[name] = np.array(values)
+            else:
+                (kind,) = some
+                columns[name] = np.array([kind() if v is None else v for v in values])
+                there[name] = np.array([value is not None for value in values])
         return Chunk(len(rows), columns, there)
 
     def plain(self) -> dict[str, list[Any]]:
