@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import Any, TextIO
 
 from fedsim.api import execute
-from fedsim.core.errors import FedsimError
+from fedsim.core.errors import FedsimError, RunError
 from fedsim.core.events import Event
 from fedsim.jobs import ERRORS, GRACE, read
 
@@ -40,7 +40,8 @@ def _serve(line: str, out: TextIO) -> None:
         result = execute(read(line), on_event)
         _say(out, {**asdict(result), "path": str(result.path)})
     except FedsimError as error:
-        kind = next(k.__name__ for k in type(error).__mro__ if k.__name__ in ERRORS)
+        names = (kind.__name__ for kind in type(error).__mro__)
+        kind = next((name for name in names if name in ERRORS), RunError.__name__)
         _say(out, {"failed": kind, "text": str(error)})
     except Exception:
         _say(out, {"bug": traceback.format_exc()})
