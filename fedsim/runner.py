@@ -30,7 +30,9 @@ from fedsim.federation import Federation, Progress
 from fedsim.journal import Journal, Snapshot
 from fedsim.ledger import Ledger
 from fedsim.models.exporting import save_adapter, source_of
+from fedsim.results import Run as Folder
 from fedsim.results import RunWriter, environment
+from fedsim.results.clients import untrained
 from fedsim.results.files import write_atomic
 from fedsim.runtime.choose import ON_NODES, Choice
 from fedsim.runtime.engine import Engine
@@ -314,6 +316,9 @@ class Run:
         save_artefacts(self.task.path, self.federation.artefacts())
         crash_here("run.models")
         self._status("finished", progress.round)
+        abandoned = all(row["abandoned"] for row in progress.rounds[1:])
+        if abandoned and (reason := untrained(Folder.load(self.task.path))):
+            self._tell(Notice(self.task.name, f"{reason}; the model is the one it started from"))
         metrics = numbers(progress.rounds[-1])
         self._tell(RunFinished(self.task.name, str(self.task.path), metrics))
         return RunResult(self.task.path, self.task.entry.label, self.task.seed, metrics)

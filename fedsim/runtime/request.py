@@ -162,6 +162,8 @@ class Request:
             outcomes: of their work; its vectors are changed.
             lasting: whether its vectors stay as they are from now on.
         """
+        if not len(outcomes.clients):
+            return Block(outcomes.clients, {}, {}, {}, (), self.faults(outcomes.faults))
         layout, received = self.env.model.layout, self.content.array_records["arrays"]
         trained, clients = layout.trained, outcomes.clients.tolist()
         models, beside = outcomes.rows, outcomes.beside

@@ -87,7 +87,7 @@ def _told(total: int, asked: int, abandoned: int) -> str:
     if not total:
         text = f"All {words.plural(asked, 'reply').replace('replys', 'replies')} were admitted."
     else:
-        share = f"{100 * total / asked:.2g} %" if total else ""
+        share = f"{float(f'{100 * total / asked:.2g}'):g} %"
         text = (
             f"{total:,} of {asked:,} replies ({share}) did not enter a model: the gate refused "
             "them, the client reported an error, or they came too late. "
