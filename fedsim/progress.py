@@ -72,7 +72,7 @@ class Tally:
         self.bytes += event.bytes_up + event.bytes_down
         self.seconds += event.wall_seconds
         self.done += 1
-        self.metric = metric_text(event.metrics) or self.metric
+        self.metric = metric_text(event.metrics, self.started.metric) or self.metric
 
     @property
     def speed(self) -> str:
@@ -84,9 +84,12 @@ class Tally:
         return f"{duration(rounds * self.seconds / self.done)} left" if self.done else ""
 
 
-def metric_text(metrics: dict[str, float]) -> str:
-    """The first metric that a reader looks for, as ``accuracy 0.8123``; empty if none is there."""
-    name = next((n for n in _SHOWN if n in metrics and not math.isnan(metrics[n])), None)
+def metric_text(metrics: dict[str, float], wanted: str = "") -> str:
+    """The metric that is wanted, or else the first that a reader looks for, as ``accuracy 0.8123``;
+    empty if none is there.
+    """
+    names = (wanted, *_SHOWN)
+    name = next((n for n in names if n in metrics and not math.isnan(metrics[n])), None)
     if name is None:
         return ""
     value = metrics[name]
@@ -245,7 +248,7 @@ def _summary(event: RunFinished, tally: Tally | None) -> str:
     if tally is None:
         return _joined(f"{event.run}: finished", metric_text(event.metrics))
     took = duration(time.monotonic() - tally.since)
-    metric = metric_text(event.metrics) or tally.metric
+    metric = metric_text(event.metrics, tally.started.metric) or tally.metric
     return _joined(f"{event.run}: finished", metric, size(tally.bytes), took)
 
 

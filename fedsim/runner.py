@@ -194,6 +194,7 @@ class Run:
                 self._rounds,
                 self.task.index,
                 self.task.total,
+                self.task.experiment.evaluate.metric,
             )
         )
         self._tell(Notice(self.task.name, str(choice)))

@@ -125,3 +125,12 @@ def test_sizes(count: int, words: str) -> None:
 )
 def test_durations(seconds: float, words: str) -> None:
     assert progress.duration(seconds) == words
+
+
+def test_lines_show_the_metric_that_the_experiment_judges_by() -> None:
+    assert progress.metric_text({"accuracy": 0.5, "loss": 1.0}) == "accuracy 0.5000"
+    assert progress.metric_text({"accuracy": 0.5, "loss": 1.0}, "loss") == "loss 1.0000"
+    assert progress.metric_text({"accuracy": 0.5}, "client_loss") == "accuracy 0.5000"
+    tally = progress.Tally(RunStarted("x", "FedAvg", 0, 2, metric="loss"))
+    tally.add(RoundFinished("x", 1, 2, {"accuracy": 0.5, "loss": 1.0}, 4, 0, 0, 1.0))
+    assert tally.metric == "loss 1.0000"

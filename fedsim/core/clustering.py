@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.optimize import linear_sum_assignment
@@ -378,8 +377,3 @@ def explain(found: Clustering, pairs: Floats | None = None) -> dict[str, Any]:
         "silhouettes": {str(k): v for k, v in widths.items()},
         "tree": found.tree.tolist() if n <= EXPLAINED else [],
     }
-
-
-def vectors_of(deltas: Sequence[Tensor]) -> Floats:
-    """Vectors as rows of a float64 matrix."""
-    return np.asarray(torch.stack([d.double() for d in deltas]).numpy())

@@ -16,6 +16,7 @@ class RunStarted:
         rounds: rounds it will have in the end.
         index: its number in the comparison, from 1.
         total: number of runs in the comparison.
+        metric: the metric by which the experiment judges, empty if that is not known.
     """
 
     run: str
@@ -24,6 +25,7 @@ class RunStarted:
     rounds: int
     index: int = 1
     total: int = 1
+    metric: str = ""
 
 
 @dataclass(frozen=True)
