@@ -25,6 +25,11 @@ from fedsim.core.events import Notice, RoundFinished, RunFinished, RunStarted
 from fedsim.runner import OnEvent, RunResult, Task
 from fedsim.runtime.threads import available_cores
 
+
+class _Elsewhere(Exception):
+    """What was raised in another process, with its traceback."""
+
+
 Outcome = RunResult | FedsimError
 """What came of a task; an error is that task's alone."""
 Execute = Callable[[Task, OnEvent | None], RunResult]
@@ -75,7 +80,7 @@ class Jobs:
 
         Raises:
             ConfigError: a task cannot be run as it is, or not several at a time.
-            RuntimeError: a process met a bug; the text has its traceback.
+            RuntimeError: a process met a bug; the cause has its traceback.
         """
         if self.count == 1:
             yield from self._here(tasks)
@@ -124,7 +129,8 @@ class Jobs:
         if "ended" in said:
             return RunError(_lost(task, said["ended"]))
         if "bug" in said:
-            raise RuntimeError(f"run {task.name} failed:\n{said['bug']}")
+            cause = _Elsewhere(f"\n{said['traceback']}")
+            raise RuntimeError(f"run {task.name} failed: {said['bug']}") from cause
         self._idle.append(who)
         return _outcome(said)
 

@@ -43,8 +43,9 @@ def _serve(line: str, out: TextIO) -> None:
         names = (kind.__name__ for kind in type(error).__mro__)
         kind = next((name for name in names if name in ERRORS), RunError.__name__)
         _say(out, {"failed": kind, "text": str(error)})
-    except Exception:
-        _say(out, {"bug": traceback.format_exc()})
+    except Exception as error:
+        bug = f"{type(error).__name__}: {error}"
+        _say(out, {"bug": bug, "traceback": traceback.format_exc()})
 
 
 def _say(out: TextIO, content: dict[str, Any]) -> None:

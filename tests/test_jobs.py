@@ -121,8 +121,9 @@ def test_what_fails_is_alone(capfd: pytest.CaptureFixture[str]) -> None:
 def test_what_nobody_can_run_ends_it() -> None:
     with pytest.raises(ConfigError, match="lr = 1 must be 2"):
         api.compare(toy("Impossible"), out="c", jobs=2)
-    with pytest.raises(RuntimeError, match=r"(?s)wrong-seed0 failed.*KeyError: 'a bug'"):
+    with pytest.raises(RuntimeError, match="run wrong-seed0 failed: KeyError: 'a bug'") as bug:
         api.compare(toy("Wrong"), out="d", jobs=2)
+    assert "own_for_jobs.py" in str(bug.value.__cause__)
     with pytest.raises(ConfigError, match=r"jobs = 2 needs runtime\.name = 'local'"):
         api.compare(toy(runtime={"name": "ray"}), out="e", jobs=2)
     with pytest.raises(ConfigError, match="jobs = 0 must be 1 or above"):
